@@ -1,0 +1,265 @@
+"""Save and load: a whole model as an ordinary Hugging Face directory, or an adapter of a few megabytes.
+
+An adapter directory holds `spkv_config.json` (config, what the base was, what it was trained to), the predictors in
+`predictor.safetensors`, and, if the model was trained with LoRA, PEFT's own two files. A whole model is a directory
+that transformers reads as usual, with the first two files beside. Only safetensors are read or written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from spkv.config import CONFIG_FILE, SPKVConfig
+from spkv.hf.attach import attach, attachment
+from spkv.hf.families import find_decoder
+
+PREDICTOR_FILE = "predictor.safetensors"
+_LORA_FILE = "adapter_config.json"
+_FORMAT = 1
+# Names of models that packages carry, so that they load without a hub.
+PACKAGED_MODELS = ("smollm2",)
+# Relative difference of weight statistics above which two bases are not the same model. Storage in bfloat16 or
+# float16 moves them by less than 1e-3, and training by more than this.
+_SAME_WEIGHTS = 1e-2
+
+
+def load(
+    model: str | os.PathLike[str],
+    *,
+    adapter: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device | None = None,
+    threshold: float | None = None,
+) -> PreTrainedModel:
+    """Load a self-pruning model, ready for `generate()`.
+
+    Args:
+        model: a directory saved by `spkv.save`; or, with `adapter`, the base model (a directory, a hub name, or
+            "smollm2", whose own adapter is taken if none is given).
+        adapter: an adapter directory.
+        dtype: weights' type; None takes the checkpoint's own.
+        device: where to put it; None leaves it on the CPU.
+        threshold: overrides the stored threshold, in (0, 1).
+
+    Returns:
+        The attached model in evaluation mode. `spkv.attachment(model)` has its switches.
+
+    Raises:
+        FileNotFoundError: if a file of the adapter or model is missing.
+        ValueError: if the adapter belongs to another model, or its files do not fit together.
+    """
+    path = resolve_adapter(model, adapter)
+    if path is None and not (Path(model) / CONFIG_FILE).is_file():
+        raise FileNotFoundError(
+            f"{os.fspath(model)!r} holds no {CONFIG_FILE}: it is not a self-pruned model. Pass adapter=DIR, "
+            "or make one with `spkv adapt`"
+        )
+    base = load_base(model, dtype=dtype)
+    loaded = load_adapter(base, path) if path is not None else _attach_stored(base, Path(model))
+    if threshold is not None:
+        attachment(loaded).threshold = threshold
+    return loaded.to(device).eval() if device is not None else loaded.eval()
+
+
+def load_base(model: str | os.PathLike[str], *, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+    """Load the plain transformers model behind a directory, hub name or packaged model."""
+    return AutoModelForCausalLM.from_pretrained(resolve_model(model), dtype=dtype or "auto")
+
+
+def resolve_model(model: str | os.PathLike[str]) -> str:
+    """The path or hub name that transformers takes; converts a packaged model ("smollm2") on first use."""
+    if model in PACKAGED_MODELS:
+        from spkv.hf.smollm2 import smollm2_directory
+
+        return str(smollm2_directory())
+    return os.fspath(model)
+
+
+def resolve_adapter(model: str | os.PathLike[str], adapter: str | os.PathLike[str] | None) -> Path | None:
+    """The adapter directory to use with `model`: the one given, the one shipped for a packaged model, or None."""
+    if adapter is not None:
+        if not (Path(adapter) / CONFIG_FILE).is_file():
+            raise FileNotFoundError(f"{os.fspath(adapter)!r} is no adapter: it holds no {CONFIG_FILE}")
+        return Path(adapter)
+    if model in PACKAGED_MODELS:
+        return Path(__file__).parent / "adapters" / str(model)
+    return None
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], *, training: dict[str, Any] | None = None) -> None:
+    """Save a whole model: an ordinary Hugging Face directory, plus the predictors.
+
+    Args:
+        model: an attached model, without LoRA (see `save_adapter`).
+        path: directory, made if needed.
+        training: what to remember of the training (recipe, densities); any JSON.
+
+    Raises:
+        ValueError: if the model carries LoRA weights.
+    """
+    found, path = attachment(model), Path(path)
+    if hasattr(model, "get_base_model"):
+        raise ValueError("the model carries LoRA weights: use spkv.checkpoint.save_adapter, or merge_and_unload first")
+    path.mkdir(parents=True, exist_ok=True)
+    weights = {k: v for k, v in model.state_dict().items() if ".utility_predictor." not in k}
+    model.save_pretrained(path, state_dict=weights)
+    _save_predictors(model, path, base=None, config=found.config, training=training)
+
+
+def save_adapter(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    training: dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Save what adaptation added: predictors, and LoRA weights if the model is wrapped by PEFT.
+
+    Args:
+        model: an attached model.
+        path: directory, made if needed.
+        training: what to remember of the training; any JSON.
+        dtype: type to store weights in; None keeps theirs.
+    """
+    found, path = attachment(model), Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    if hasattr(model, "get_base_model"):
+        model.save_pretrained(path, safe_serialization=True)
+        (path / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        if dtype is not None:
+            weights = load_file(path / "adapter_model.safetensors")
+            save_file({k: v.to(dtype) for k, v in weights.items()}, path / "adapter_model.safetensors")
+    _save_predictors(model, path, base=fingerprint(model), config=found.config, training=training, dtype=dtype)
+
+
+def load_adapter(base: PreTrainedModel, path: str | os.PathLike[str]) -> PreTrainedModel:
+    """Attach an adapter to its base model; LoRA weights are merged into it.
+
+    Raises:
+        ValueError: if the adapter was trained for another model.
+    """
+    path = Path(path)
+    stored = _read_config(path)
+    check_fingerprint(base, stored.get("base"), path)
+    if (path / _LORA_FILE).is_file():
+        from peft import PeftModel
+
+        base = PeftModel.from_pretrained(base, path).merge_and_unload()
+    return _attach_stored(base, path)
+
+
+def load_predictors(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Fill an attached model's predictors from a directory's `predictor.safetensors`.
+
+    Raises:
+        FileNotFoundError, ValueError: if the file is missing, unreadable, or of other layers or sizes.
+    """
+    file = Path(path) / PREDICTOR_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{os.fspath(path)!r} holds no {PREDICTOR_FILE}")
+    try:
+        weights = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
+    parameters = dict(_predictor_parameters(model))
+    if {k: tuple(v.shape) for k, v in weights.items()} != {k: tuple(v.shape) for k, v in parameters.items()}:
+        raise ValueError(
+            f"{file} does not fit this model: it holds {_describe(weights)}, the model needs {_describe(parameters)}"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """Describe a base model so that its adapter can tell it from others: sizes, and statistics of some weights.
+
+    Adapters, predictors and the storage type do not change it.
+    """
+    decoder = find_decoder(model)
+    config = decoder.config
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    weights = {
+        name.replace(".base_layer", ""): parameter
+        for name, parameter in decoder.module.named_parameters()
+        if parameter.dim() == 2 and "lora_" not in name and ".utility_predictor." not in name
+    }
+    chosen = sorted(weights)[:: max(1, len(weights) // 8)]
+    return {
+        "model_type": config.model_type,
+        **{name: getattr(config, name) for name in names},
+        "mean_magnitudes": {name: weights[name].detach().float().abs().mean().item() for name in chosen},
+    }
+
+
+def check_fingerprint(model: nn.Module, expected: dict[str, Any] | None, path: Path) -> None:
+    """Raise a ValueError that names the differences if `model` is not the base that `expected` describes."""
+    if expected is None:
+        raise ValueError(f"{path} holds a whole model, not an adapter: load it by itself")
+    actual = fingerprint(model)
+    sizes = [k for k in expected if k != "mean_magnitudes" and expected[k] != actual.get(k)]
+    if sizes:
+        given = ", ".join(f"{k}={actual.get(k)!r}" for k in sizes)
+        wanted = ", ".join(f"{k}={expected[k]!r}" for k in sizes)
+        raise ValueError(f"the adapter in {path} is for another model: it needs {wanted}, this one has {given}")
+    for name, value in expected["mean_magnitudes"].items():
+        found = actual["mean_magnitudes"].get(name)
+        if found is None or abs(found - value) > _SAME_WEIGHTS * abs(value):
+            raise ValueError(
+                f"the adapter in {path} is for another model of the same sizes: the mean magnitude of {name} is "
+                f"{found}, and was {value} in the base it was trained on"
+            )
+
+
+def _attach_stored(model: PreTrainedModel, path: Path) -> PreTrainedModel:
+    attach(model, SPKVConfig.from_dict(_read_config(path)["config"]))
+    load_predictors(model, path)
+    return model
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / CONFIG_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{os.fspath(path)!r} holds no {CONFIG_FILE}")
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    if stored.get("format") != _FORMAT:
+        raise ValueError(f"{file} has format {stored.get('format')!r}; this version reads format {_FORMAT}")
+    return stored
+
+
+def _save_predictors(
+    model: nn.Module,
+    path: Path,
+    *,
+    base: dict[str, Any] | None,
+    config: SPKVConfig,
+    training: dict[str, Any] | None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    weights = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in _predictor_parameters(model)}
+    save_file(weights, path / PREDICTOR_FILE, metadata={"format": "pt"})
+    stored = {"format": _FORMAT, "config": config.to_dict(), "base": base, "training": training or {}}
+    (path / CONFIG_FILE).write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
+
+
+def _predictor_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Parameters of all predictors by a name that no wrapper changes: `layers.3.up.weight`."""
+    return [
+        (f"layers.{layer}.{name}", parameter)
+        for layer, predictor in attachment(model).predictors.items()
+        for name, parameter in predictor.named_parameters()
+    ]
+
+
+def _describe(tensors: dict[str, Tensor]) -> str:
+    shapes = sorted({f"{k.split('.', 2)[2]} {list(v.shape)}" for k, v in tensors.items()})
+    return f"layers {sorted({int(k.split('.')[1]) for k in tensors})} with {', '.join(shapes)}"

@@ -1,0 +1,92 @@
+"""What an attached model is: the sizes and the policy that its predictor was trained with."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CONFIG_FILE = "spkv_config.json"
+
+
+@dataclass(frozen=True)
+class SPKVConfig:
+    """Configuration of a self-pruned KV cache; immutable and checked when made.
+
+    Attributes:
+        window: number of latest positions, the query's own included, that are always visible (w >= 1).
+        threshold: a pair is kept past the window where its utility is at least this; strictly in (0, 1).
+        predictor_width: width of the predictor's hidden layer; None takes the model's hidden size.
+        initial_bias: bias that the predictor's last layer starts from. The published +5 starts with open gates
+            (sigmoid(5) = 0.993); short recipes start lower.
+        layers: indices of the layers that get a predictor; None takes every global attention layer.
+        page_size: pairs in a page of the cache.
+    """
+
+    window: int = 128
+    threshold: float = 0.5
+    predictor_width: int | None = None
+    initial_bias: float = 5.0
+    layers: tuple[int, ...] | None = None
+    page_size: int = 16
+
+    def __post_init__(self) -> None:
+        _check_positive_int("window", self.window)
+        check_threshold(self.threshold)
+        if self.predictor_width is not None:
+            _check_positive_int("predictor_width", self.predictor_width)
+        if isinstance(self.initial_bias, bool) or not isinstance(self.initial_bias, (int, float)):
+            raise TypeError(f"initial_bias must be a number, not {self.initial_bias!r}")
+        if self.layers is not None:
+            layers = tuple(self.layers)
+            if not layers or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in layers):
+                raise ValueError(f"layers must be None or non-negative layer indices, not {self.layers!r}")
+            object.__setattr__(self, "layers", tuple(sorted(set(layers))))
+        _check_positive_int("page_size", self.page_size)
+
+    def replace(self, **changes: Any) -> SPKVConfig:
+        """Return a copy with some fields changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values; `from_dict` is the inverse."""
+        values = dataclasses.asdict(self)
+        values["layers"] = None if self.layers is None else list(self.layers)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SPKVConfig:
+        """Make a config from `to_dict`'s output.
+
+        Raises:
+            ValueError: for a field that does not exist, naming those that do.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"unknown SPKVConfig fields {unknown}; known are {sorted(known)}")
+        layers = values.get("layers")
+        return cls(**{**values, "layers": None if layers is None else tuple(layers)})
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> SPKVConfig:
+        """Read the `config` entry of an `spkv_config.json`."""
+        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8"))["config"])
+
+
+def check_threshold(threshold: float) -> float:
+    """Return `threshold` if it lies strictly between 0 and 1, else raise a ValueError or TypeError."""
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+        raise TypeError(f"threshold must be a number in (0, 1), not {threshold!r}")
+    if not 0.0 < threshold < 1.0:
+        raise ValueError(f"threshold must lie strictly between 0 and 1, not {threshold!r}")
+    return float(threshold)
+
+
+def _check_positive_int(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number of at least 1, not {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, not {value}")

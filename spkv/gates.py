@@ -1,0 +1,131 @@
+"""Gates: what a utility becomes. The one place that knows; caches and kernels see keep bits and biases only.
+
+Shapes: utility [batch, kv_heads, tokens] float32 in (0, 1); position [batch or 1, tokens], a token's index in its
+own sequence. `layer` is the layer's index in the model.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from spkv.config import check_threshold
+
+_TINY = 1e-30
+
+
+class Gate(ABC):
+    """Maps utilities to the additive attention bias of keys that have left the window."""
+
+    hard: ClassVar[bool]
+    """True where every pair is either kept or dropped, which caches need."""
+
+    @abstractmethod
+    def log_gate(self, utility: Tensor, *, layer: int, position: Tensor) -> Tensor:
+        """Return the bias [batch, kv_heads, tokens], float32, at most 0; minus infinity drops the pair."""
+
+
+class HardGate(Gate):
+    """A gate that keeps or drops: subclasses say which."""
+
+    hard = True
+
+    @abstractmethod
+    def keep(self, utility: Tensor, *, layer: int, position: Tensor) -> Tensor:
+        """Return bool [batch, kv_heads, tokens]: True where the pair is kept."""
+
+    def log_gate(self, utility: Tensor, *, layer: int, position: Tensor) -> Tensor:
+        keep = self.keep(utility, layer=layer, position=position)
+        return torch.zeros_like(utility).masked_fill_(~keep, float("-inf"))
+
+
+@dataclass(frozen=True)
+class SoftGate(Gate):
+    """Training, first phase: the bias is log u (SP-KV, arXiv 2605.14037)."""
+
+    hard: ClassVar[bool] = False
+
+    def log_gate(self, utility: Tensor, *, layer: int, position: Tensor) -> Tensor:
+        return utility.clamp_min(_TINY).log()
+
+
+@dataclass(frozen=True)
+class AnnealedGate(Gate):
+    """Training, between soft and hard: log((1 - alpha) u + alpha [u >= threshold]) (SP-KV, arXiv 2605.14037).
+
+    The predictor is frozen in this phase: no gradient reaches the utility.
+    """
+
+    threshold: float
+    alpha: float
+    hard: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_threshold(self.threshold)
+        if not 0.0 <= self.alpha <= 1.0:
+            raise ValueError(f"alpha must lie in [0, 1], not {self.alpha!r}")
+
+    def log_gate(self, utility: Tensor, *, layer: int, position: Tensor) -> Tensor:
+        utility = utility.detach()
+        return torch.lerp(utility, (utility >= self.threshold).to(utility.dtype), self.alpha).log()
+
+
+@dataclass(frozen=True)
+class ThresholdGate(HardGate):
+    """Inference: keep where u >= threshold."""
+
+    threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_threshold(self.threshold)
+
+    def keep(self, utility: Tensor, *, layer: int, position: Tensor) -> Tensor:
+        return utility >= self.threshold
+
+
+@dataclass(frozen=True)
+class OpenGate(HardGate):
+    """Keep every pair: the dense model, through the same code."""
+
+    def keep(self, utility: Tensor, *, layer: int, position: Tensor) -> Tensor:
+        return torch.ones_like(utility, dtype=torch.bool)
+
+
+@dataclass(frozen=True)
+class SinkGate(HardGate):
+    """Keep the first `sinks` positions and the window: StreamingLLM (arXiv 2309.17453) at original positions."""
+
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        if self.sinks < 0:
+            raise ValueError(f"sinks must be at least 0, not {self.sinks}")
+
+    def keep(self, utility: Tensor, *, layer: int, position: Tensor) -> Tensor:
+        return (position < self.sinks).unsqueeze(1).expand_as(utility)
+
+
+@dataclass(frozen=True)
+class RandomGate(HardGate):
+    """Keep a pair with probability `density`, decided by a hash of (seed, layer, head, position).
+
+    Being a function of the position it gives the same choice in prefill and decode.
+    """
+
+    density: float
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.density <= 1.0:
+            raise ValueError(f"density must lie in [0, 1], not {self.density!r}")
+
+    def keep(self, utility: Tensor, *, layer: int, position: Tensor) -> Tensor:
+        head = torch.arange(utility.shape[1], device=utility.device).view(1, -1, 1)
+        x = position.long().unsqueeze(1) + 0x9E3779B9 * (head + 1) + 0x85EBCA6B * (layer + 1) + 0xC2B2AE35 * self.seed
+        for shift in (16, 15, 16):  # integer mixing; int64 products wrap, which is what a hash wants
+            x = ((x ^ (x >> shift)) * 0x2C1B3C6D) & 0xFFFFFFFF
+        return ((x >> 8) < self.density * 2**24).expand_as(utility)

@@ -1,0 +1,218 @@
+"""Attach the utility predictor to a transformers model, and detach it again.
+
+Attaching adds predictors and hooks (`forward.py` says what they do) and selects the attention function. Nothing
+global changes but two entries in transformers' registries.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from spkv.config import SPKVConfig, check_threshold
+from spkv.gates import Gate, ThresholdGate
+from spkv.hf import forward
+from spkv.hf.cache import SPKVCache
+from spkv.hf.families import Decoder, find_decoder
+from spkv.predictor import UtilityPredictor
+
+
+@dataclass
+class Record:
+    """Utilities of the forward passes run inside `Attachment.record()`.
+
+    Attributes:
+        utilities: layer index -> [B, Hkv, T] float32, of the latest pass, with their graph.
+    """
+
+    utilities: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Attachment:
+    """What `attach` added to a model, and the switches of its forward pass.
+
+    Attributes:
+        config: the SPKVConfig.
+        decoder: the decoder stack and its attentions.
+        layers: indices of the layers with a predictor; other global layers keep every pair.
+        gate: the gate in force; a `ThresholdGate` unless training or an evaluation sets another.
+        oracle: True computes passes without a cache through a dense mask, for tests and evaluation.
+        max_memory: bytes that a cache made by `generate()` may take at most; None for no bound.
+        implementation: forces the operators' implementation by name; None lets each choose.
+    """
+
+    def __init__(self, decoder: Decoder, config: SPKVConfig, layers: tuple[int, ...]):
+        self.decoder, self.config, self.layers = decoder, config, layers
+        self.gate: Gate = ThresholdGate(config.threshold)
+        self.oracle = False
+        self.max_memory: int | None = None
+        self.implementation: str | None = None
+        self.suspended = False
+        self.context: forward.ForwardContext | None = None  # of the pass under way, where keywords do not carry it
+        self._record: Record | None = None
+        self._handles: list[Any] = []
+        self.original_implementation: str = decoder.config._attn_implementation
+
+    @property
+    def predictors(self) -> dict[int, UtilityPredictor]:
+        """Layer index -> its predictor."""
+        return {i: self.decoder.attentions[i].utility_predictor for i in self.layers}
+
+    @property
+    def threshold(self) -> float:
+        """The threshold in force; setting it puts a `ThresholdGate` in place."""
+        return getattr(self.gate, "threshold", self.config.threshold)
+
+    @threshold.setter
+    def threshold(self, value: float) -> None:
+        self.gate = ThresholdGate(check_threshold(value))
+
+    @contextlib.contextmanager
+    def using(self, gate: Gate) -> Iterator[None]:
+        """Put another gate in force for a while."""
+        before, self.gate = self.gate, gate
+        try:
+            yield
+        finally:
+            self.gate = before
+
+    @contextlib.contextmanager
+    def record(self) -> Iterator[Record]:
+        """Collect the utilities of the forward passes inside."""
+        before, self._record = self._record, Record()
+        try:
+            yield self._record
+        finally:
+            self._record = before
+
+    def new_cache(self, max_memory: int | None = None) -> SPKVCache:
+        """An empty cache for this model, bounded by `max_memory` bytes or by the attachment's own bound."""
+        return SPKVCache(
+            self.decoder,
+            self.config.window,
+            self.config.page_size,
+            self.max_memory if max_memory is None else max_memory,
+        )
+
+    def check_cache(self, cache: SPKVCache) -> None:
+        """Raise a ValueError if `cache` was made for another model or window."""
+        if cache.global_layers != self.decoder.global_layers or cache.window != self.config.window:
+            raise ValueError(
+                f"the SPKVCache given is for global layers {list(cache.global_layers)} and window {cache.window}; "
+                f"this model has {list(self.decoder.global_layers)} and {self.config.window}"
+            )
+
+
+def attach(model: PreTrainedModel, config: SPKVConfig | None = None) -> PreTrainedModel:
+    """Add utility predictors to a causal language model, in place, and make `generate()` use a self-pruned cache.
+
+    The new predictors start with open gates (initial_bias), untrained: load trained ones with `spkv.load`.
+
+    Args:
+        model: a transformers causal LM of a supported family.
+        config: None takes the defaults.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError, ValueError: if the model, a layer named in the config, or its attention cannot be supported.
+    """
+    config = config or SPKVConfig()
+    if find_attachment(model) is not None:
+        raise ValueError("the model already has an attachment; call spkv.detach(model) first")
+    decoder = find_decoder(model)
+    layers = decoder.global_layers if config.layers is None else config.layers
+    refused = [i for i in layers if i not in decoder.global_layers]
+    if refused:
+        raise ValueError(
+            f"layers {refused} are not global attention layers of this model; those are {list(decoder.global_layers)}"
+        )
+    if getattr(decoder.config, "attention_dropout", 0.0):
+        raise ValueError(
+            f"attention_dropout is {decoder.config.attention_dropout}; gated attention has no dropout, set it to 0"
+        )
+    attachment = Attachment(decoder, config, layers)
+    for index in decoder.global_layers:
+        attention = decoder.attentions[index]
+        if index in layers:
+            weight = next(p for p in attention.parameters() if p.is_floating_point())
+            attention.utility_predictor = UtilityPredictor(
+                decoder.config.hidden_size, decoder.kv_heads, config.predictor_width, config.initial_bias
+            ).to(weight.device, weight.dtype)
+        hook = functools.partial(forward.attention_pre_hook, attachment)
+        attachment._handles.append(attention.register_forward_pre_hook(hook, with_kwargs=True))
+    attachment._handles.append(decoder.module.register_forward_pre_hook(forward.decoder_pre_hook, with_kwargs=True))
+    attachment._handles.append(decoder.module.register_forward_hook(forward.decoder_post_hook, always_call=True))
+    decoder.module.spkv_attachment = attachment
+    _set_implementation(attachment, active=True)
+    return model
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Undo `attach`: the model computes what it computed before, bit for bit (apart from trained weights)."""
+    found = attachment(model)
+    for handle in found._handles:
+        handle.remove()
+    _set_implementation(found, active=False)
+    for index in found.layers:
+        del found.decoder.attentions[index].utility_predictor
+    del found.decoder.module.spkv_attachment
+    return model
+
+
+def attachment(model: nn.Module) -> Attachment:
+    """Return the attachment of a model, also of one wrapped by PEFT or DistributedDataParallel.
+
+    Raises:
+        ValueError: if the model has none.
+    """
+    found = find_attachment(model)
+    if found is None:
+        raise ValueError(f"this {type(model).__name__} has no attachment; call spkv.attach or spkv.load first")
+    return found
+
+
+def find_attachment(model: nn.Module) -> Attachment | None:
+    """Return the attachment of a model, or None."""
+    return next((m.spkv_attachment for m in model.modules() if hasattr(m, "spkv_attachment")), None)
+
+
+@contextlib.contextmanager
+def dense(model: nn.Module) -> Iterator[None]:
+    """Run an attached model as if it were not attached: its own attention, caches and weights."""
+    found = attachment(model)
+    found.suspended = True
+    _set_implementation(found, active=False)
+    try:
+        yield
+    finally:
+        found.suspended = False
+        _set_implementation(found, active=True)
+
+
+def _set_implementation(attachment: Attachment, active: bool) -> None:
+    """Select the attention function of global layers; local layers keep the original one throughout."""
+    decoder, original = attachment.decoder, attachment.original_implementation
+    # Masks are made once a pass, from the decoder's config: none for global layers, the original's for local ones.
+    name = f"spkv_{original}"
+    AttentionInterface.register(name, forward.attention)
+    AttentionMaskInterface.register(name, functools.partial(forward.mask, original))
+    decoder.config._attn_implementation = name if active else original
+    for index, attention in enumerate(decoder.attentions):
+        if index in decoder.global_layers:
+            attention.config._attn_implementation = name if active else original
+        elif active:
+            attention.spkv_original_config = attention.config
+            attention.config = copy.copy(attention.config)
+            attention.config._attn_implementation = original
+        else:
+            attention.config = attention.spkv_original_config
+            del attention.spkv_original_config

@@ -1,0 +1,158 @@
+"""`SPKVCache`: what `generate()` holds. Global layers share one packed cache; local layers keep transformers' own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin
+
+from spkv.cache.packed import PackedCache
+from spkv.hf.families import Decoder
+
+
+class SPKVLayer(CacheLayerMixin):
+    """A global layer as transformers sees it: it counts columns, and leaves the pairs to the packed cache."""
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.columns = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Count the new columns and hand the states on as they are: the attention function writes them."""
+        self.is_initialized = True
+        self.columns += key_states.shape[-2]
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        return self.columns
+
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        # transformers before 5.3 passes the positions of the queries instead of their number.
+        length = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
+        return self.columns + length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.10
+
+    def reset(self) -> None:
+        self.columns = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Nothing to do: the packed cache reorders all layers at once."""
+
+    batch_select_indices = reorder_cache
+
+    def offload(self) -> None:
+        raise ValueError("an SPKVCache cannot be offloaded; its memory is bounded by max_memory instead")
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(
+            "an SPKVCache cannot be cropped: pairs that left the window were dropped. "
+            "Assisted (speculative) decoding, which needs it, is not supported"
+        )
+
+
+class SPKVCache(Cache):
+    """The self-pruned cache of one model, handed to `generate(past_key_values=...)` or made by it.
+
+    Args:
+        decoder: the attached model's decoder (`spkv.attachment(model).decoder`).
+        window, page_size: as in `SPKVConfig`.
+        max_memory: bytes that the pool may take at most; None for no bound.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        window: int,
+        page_size: int = 16,
+        max_memory: int | None = None,
+    ):
+        # transformers knows best which cache each local layer needs.
+        stock = DynamicCache(config=decoder.config).layers
+        self.global_layers = decoder.global_layers
+        super().__init__(
+            layers=[SPKVLayer() if i in self.global_layers else stock[i] for i in range(len(decoder.attentions))]
+        )
+        self.packed = PackedCache(len(self.global_layers), decoder.kv_heads, window, page_size, max_memory)
+        self.window = window
+        self._slot = {layer: slot for slot, layer in enumerate(self.global_layers)}
+
+    def attend(self, layer: int, *args: Any, **kwargs: Any) -> Tensor:
+        """`PackedCache.attend`, with the model's layer index."""
+        return self.packed.attend(self._slot[layer], *args, **kwargs)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated: the pool with its tables and free pages, and what local layers hold."""
+        local = (t for layer in self.layers for t in (layer.keys, layer.values) if isinstance(t, Tensor))
+        return self.packed.nbytes + sum(t.numel() * t.element_size() for t in local)
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes that a dense cache of the same tokens would take: global layers in full, local layers as they are."""
+        if self.packed.pool is None:
+            return 0
+        pair_bytes = self.packed.pool[:1].element_size() * 2 * self.packed.pool.shape[-1]
+        pairs = int(self.packed.seen.sum()) * self.packed.kv_heads
+        return pairs * pair_bytes + self.nbytes - self.packed.nbytes
+
+    def density(self) -> float | None:
+        """Kept pairs / pairs that have left the window, over all global layers; None if none has left it."""
+        left = int(self.packed.left_window().sum()) * self.packed.kv_heads if self.packed.sequences else 0
+        return int(self.packed.kept_pairs().sum()) / left if left else None
+
+    def kept_fraction(self) -> float | None:
+        """(Kept + window) pairs held / pairs a dense cache would hold, over all global layers; None when empty."""
+        if not self.packed.sequences or not int(self.packed.seen.sum()):
+            return None
+        in_window = int(self.packed.seen.clamp_max(self.window).sum()) * self.packed.kv_heads
+        return (int(self.packed.kept_pairs().sum()) + in_window) / (int(self.packed.seen.sum()) * self.packed.kv_heads)
+
+    def density_by_head(self) -> Tensor:
+        """[global layers, Hkv] float64 on the CPU: density over the batch; nan where no pair has left the window."""
+        if not self.packed.sequences:
+            return torch.full((len(self.global_layers), self.packed.kv_heads), float("nan"), dtype=torch.float64)
+        kept = self.packed.kept_pairs().sum(1).double().cpu()
+        return kept / self.packed.left_window().sum(1, keepdim=True).double().cpu()
+
+    def kept_fraction_by_head(self) -> Tensor:
+        """[global layers, Hkv] float64 on the CPU: pairs held / pairs seen; nan where nothing was seen."""
+        if not self.packed.sequences:
+            return torch.full((len(self.global_layers), self.packed.kv_heads), float("nan"), dtype=torch.float64)
+        held = self.packed.kept_pairs().sum(1) + self.packed.seen.clamp_max(self.window).sum(1, keepdim=True)
+        return (held.double() / self.packed.seen.sum(1, keepdim=True).double()).cpu()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence i becomes what sequence beam_idx[i] was (beam search)."""
+        super().reorder_cache(beam_idx)
+        self.packed.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the named sequences, in that order."""
+        super().batch_select_indices(indices)
+        self.packed.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence `repeats` times, in place."""
+        for layer in self.layers:
+            if not isinstance(layer, SPKVLayer):
+                layer.batch_repeat_interleave(repeats)
+        self.packed.select(torch.arange(self.packed.sequences).repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.packed.reset()

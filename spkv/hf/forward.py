@@ -1,0 +1,208 @@
+"""The forward pass of an attached model.
+
+A pre-hook on the decoder chooses the cache and hands a `ForwardContext` down as a keyword; a pre-hook on every global
+attention computes utilities from the layer's input and adds them; transformers passes keywords on to the attention
+function, which alone meets the cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from spkv.gates import Gate, OpenGate
+from spkv.hf.cache import SPKVCache
+from spkv.ops.attention import gated_attention, pruned_prefill
+
+if TYPE_CHECKING:
+    from spkv.hf.attach import Attachment, Record
+
+_KEYWORD = "spkv"
+
+
+@dataclass(frozen=True)
+class ForwardContext:
+    """What one forward pass of the decoder knows, handed down to its attentions as a keyword.
+
+    Attributes:
+        attachment: the model's attachment.
+        gate: the gate in force.
+        position: [B or 1, T], each token's index in its own sequence.
+        cache: the cache to write to, or None.
+        valid: [B, T] bool, False at padding, or None.
+        segment_ids: [B, T], or None; set without a cache only.
+        record: where utilities go, or None.
+        utility: [B, Hkv, T], once the attention's pre-hook has run.
+    """
+
+    attachment: Attachment
+    gate: Gate
+    position: Tensor
+    cache: SPKVCache | None
+    valid: Tensor | None
+    segment_ids: Tensor | None
+    record: Record | None
+    utility: Tensor | None = None
+
+
+def mask(original: str, *args: Any, local_size: int | None = None, **kwargs: Any) -> Any:
+    """The mask function of attached models: gated attention needs none, local layers take the original's."""
+    if local_size is None:
+        return None
+    return ALL_MASK_ATTENTION_FUNCTIONS[original](*args, local_size=local_size, **kwargs)
+
+
+def decoder_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Choose the cache, read the padding, and pass a ForwardContext down as a keyword."""
+    found: Attachment = module.spkv_attachment
+    if found.suspended:
+        return None
+    arguments = dict(inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments)
+    arguments.pop("self")
+    kwargs = {**arguments, **arguments.pop("kwargs", {})}
+    kwargs.pop("kwargs", None)
+    if kwargs.get("output_attentions"):
+        raise ValueError("output_attentions=True is not supported: gated attention never forms the weights")
+    inputs = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+    if inputs is None:
+        return None  # transformers has its own error for this
+    cache = _choose_cache(found, module, kwargs)
+    kwargs["past_key_values"] = cache
+    kwargs["use_cache"] = cache is not None
+    B, T = inputs.shape[:2]
+    past = 0 if cache is None else cache.get_seq_length()
+    valid = _valid_tokens(kwargs.get("attention_mask"), B, T, past)
+    segment_ids = kwargs.pop("segment_ids", None)
+    if segment_ids is not None and cache is not None:
+        raise ValueError("segment_ids (packed documents) cannot be combined with a cache; pass use_cache=False")
+    position = kwargs.get("position_ids")
+    if position is None:
+        position = torch.arange(past, past + T, device=inputs.device)[None]
+    context = ForwardContext(found, found.gate, position, cache, valid, segment_ids, found._record)
+    if found.decoder.family.passes_keywords:
+        return (), {**kwargs, _KEYWORD: context}
+    if module.training and getattr(module, "gradient_checkpointing", False):
+        raise ValueError(f"gradient checkpointing is not supported for {module.config.model_type} models")
+    found.context = context
+    return (), kwargs
+
+
+def decoder_post_hook(module: nn.Module, args: Any, output: Any) -> None:
+    """The pass is over, or has failed."""
+    module.spkv_attachment.context = None
+
+
+def _choose_cache(found: Attachment, module: nn.Module, kwargs: dict[str, Any]) -> SPKVCache | None:
+    """The cache of this pass: ours if one was given, a new one in place of an absent or empty one, or None."""
+    given, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
+    use_cache = module.config.use_cache if use_cache is None else use_cache
+    if isinstance(given, SPKVCache):
+        if not found.gate.hard:
+            raise ValueError(f"a cache needs a hard gate, and {type(found.gate).__name__} is in force")
+        found.check_cache(given)
+        return given
+    if given is not None:
+        if type(given) is not DynamicCache or getattr(given, "offloading", False):
+            raise ValueError(
+                f"a {type(given).__name__} cannot hold self-pruned pairs; leave past_key_values and "
+                "cache_implementation unset, or pass an SPKVCache (spkv.attachment(model).new_cache())"
+            )
+        if given.get_seq_length():
+            raise ValueError(
+                f"the DynamicCache given already holds {given.get_seq_length()} tokens, which cannot be pruned "
+                "afterwards; start from an empty cache or an SPKVCache"
+            )
+    if not use_cache or not found.gate.hard or module.training:
+        return None
+    return found.new_cache()
+
+
+def _valid_tokens(attention_mask: Any, batch: int, tokens: int, past: int) -> Tensor | None:
+    """[B, T] bool, False at padding, or None if all tokens of this pass are real."""
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != (batch, past + tokens):
+        given = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        raise ValueError(
+            f"attention_mask must have shape [batch, seen + new tokens] = {[batch, past + tokens]}, "
+            f"not {given}; masks of other forms are not supported"
+        )
+    valid = attention_mask[:, past:].bool()
+    return None if bool(valid.all()) else valid
+
+
+def attention_pre_hook(found: Attachment, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Compute the utilities of a layer's input and add them to the context."""
+    context: ForwardContext | None = kwargs.get(_KEYWORD, found.context)
+    if context is None:
+        return None
+    if module.layer_idx not in found.layers:
+        return args, {**kwargs, _KEYWORD: context}
+    utility = module.utility_predictor(args[0] if args else kwargs["hidden_states"])
+    if context.record is not None:
+        context.record.utilities[module.layer_idx] = utility
+    return args, {**kwargs, _KEYWORD: dataclasses.replace(context, utility=utility)}
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    spkv: ForwardContext | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function of global layers, as transformers calls it: returns [B, T, H, D] and no weights."""
+    if spkv is None:
+        raise ValueError("the decoder of an attached model must be called as a whole, not layer by layer")
+    options: dict[str, Any] = dict(scale=scaling, softcap=softcap, sinks=s_aux)
+    layer, window, implementation = module.layer_idx, spkv.attachment.config.window, spkv.attachment.implementation
+    utility, gate = spkv.utility, spkv.gate
+    if utility is None:  # a global layer without a predictor keeps everything
+        utility, gate = query.new_ones(key.shape[:3], dtype=torch.float32), OpenGate()
+    if spkv.cache is not None:
+        keep = gate.keep(utility, layer=layer, position=spkv.position)
+        out = spkv.cache.attend(layer, query, key.detach(), value.detach(), keep, spkv.valid, **options)
+    elif gate.hard and spkv.segment_ids is None and not spkv.attachment.oracle and not torch.is_grad_enabled():
+        keep = gate.keep(utility, layer=layer, position=spkv.position)
+        out = pruned_prefill(
+            query, key, value, keep, window=window, valid=spkv.valid, implementation=implementation, **options
+        )
+    else:
+        log_gate = gate.log_gate(utility, layer=layer, position=spkv.position)
+        segment_ids = spkv.segment_ids if spkv.valid is None else _padding_segments(spkv.valid, spkv.segment_ids)
+        out = gated_attention(
+            query,
+            key,
+            value,
+            log_gate,
+            window=window,
+            segment_ids=segment_ids,
+            implementation=implementation,
+            **options,
+        )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _padding_segments(valid: Tensor, segment_ids: Tensor | None) -> Tensor:
+    """Segment ids in which padding is a segment of its own.
+
+    Raises:
+        ValueError: if padding lies between tokens of a row, where distances in columns and in tokens differ.
+    """
+    if bool(((valid[:, 1:] != valid[:, :-1]).sum(1) > 1).any()):
+        raise ValueError("attention_mask has padding between tokens; without a cache it may stand at the ends only")
+    segments = torch.ones_like(valid, dtype=torch.long) if segment_ids is None else segment_ids
+    return segments.masked_fill(~valid, -1)

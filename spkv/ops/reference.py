@@ -1,0 +1,274 @@
+"""Eager twins in plain torch: the definition of every operator, written to be read.
+
+Legend: B sequences, H query heads, Hkv KV heads, G = H / Hkv queries in a group, T tokens of the chunk, L keys,
+D head size, w window, P pairs in a page, C = B * Hkv chains.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spkv.ops.packed import PackedLayer
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention with an additive bias, minus infinity where a key is not seen.
+
+    Shapes: query [B, H, T, D], key and value [B, Hkv, L, D], bias broadcastable to [B, Hkv, G, T, L], sinks [H]
+    (a logit per head that takes probability and gives no value, as in GPT-OSS). A query that sees nothing gets 0.
+    """
+    B, H, T, D = query.shape
+    Hkv = key.shape[1]
+    grouped = query.reshape(B, Hkv, H // Hkv, T, D)
+    # Half precision keeps its scores and its softmax in float32, as fused kernels do.
+    accumulate = torch.promote_types(query.dtype, torch.float32)
+    scores = (grouped @ key.unsqueeze(2).transpose(-1, -2)).to(accumulate) * scale
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    scores = scores + bias.to(accumulate)
+    top = scores.amax(-1, keepdim=True)
+    if sinks is not None:
+        sinks = sinks.to(accumulate).view(1, Hkv, H // Hkv, 1, 1)
+        top = torch.maximum(top, sinks)
+    top = top.masked_fill(top == float("-inf"), 0.0).detach()
+    weights = (scores - top).exp()
+    total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + (sinks - top).exp()
+    weights = weights / total.clamp_min(torch.finfo(accumulate).tiny)
+    return (weights.to(value.dtype) @ value.unsqueeze(2)).reshape(B, H, T, D)
+
+
+def window_bias(
+    query_index: Tensor, key_index: Tensor, log_gate: Tensor | None, window: int, same_segment: Tensor | None = None
+) -> Tensor:
+    """The bias of the method: 0 inside the window, the key's log-gate before it, minus infinity ahead of the query.
+
+    Shapes: query_index [T], key_index [L], log_gate [B, Hkv, L] or None (open), same_segment [B, T, L] or None;
+    returns a tensor broadcastable to [B, Hkv, 1, T, L].
+    """
+    distance = query_index[:, None] - key_index[None, :]
+    hidden = distance < 0
+    if same_segment is not None:
+        hidden = hidden | ~same_segment[:, None, None]
+    if log_gate is None:
+        bias = torch.zeros((), device=distance.device)
+    else:
+        # where() over a broadcast log-gate: its gradient is the sum over the queries past the window.
+        bias = torch.where(distance < window, log_gate.new_zeros(()), log_gate[:, :, None, None, :])
+    return torch.where(hidden, torch.full_like(bias, float("-inf")), bias)
+
+
+def gated_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_gate: Tensor | None,
+    *,
+    window: int,
+    scale: float,
+    segment_ids: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """See `spkv.ops.attention.gated_attention`."""
+    index = torch.arange(query.shape[2], device=query.device)
+    same_segment = None if segment_ids is None else segment_ids[:, :, None] == segment_ids[:, None, :]
+    bias = window_bias(index, index, log_gate, window, same_segment)
+    return attend(query, key, value, bias, scale=scale, softcap=softcap, sinks=sinks)
+
+
+def pruned_prefill(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keep: Tensor,
+    *,
+    window: int,
+    scale: float,
+    past: PackedLayer | None = None,
+    valid: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """See `spkv.ops.attention.pruned_prefill`."""
+    out = torch.zeros_like(query)
+    for b in range(query.shape[0]):
+        columns = valid_columns(valid, b, query.shape[2], query.device)
+        recent_key, recent_value, recent_keep, ring_length = recent_pairs(
+            past, b, key[b, :, columns], value[b, :, columns], keep[b, :, columns]
+        )
+        index = torch.arange(recent_key.shape[1], device=query.device)
+        log_gate = torch.zeros(recent_keep.shape, device=query.device).masked_fill_(~recent_keep, float("-inf"))
+        for h in range(key.shape[1]):
+            group = slice(h * (query.shape[1] // key.shape[1]), (h + 1) * (query.shape[1] // key.shape[1]))
+            old_key, old_value = kept_pairs(past, b, h, key, value)
+            bias = window_bias(index[ring_length:], index, log_gate[None, h : h + 1], window)
+            bias = torch.cat([bias.new_zeros(*bias.shape[:-1], old_key.shape[0]), bias], dim=-1)
+            out[b, group][:, columns] = attend(
+                query[b, group][:, columns].unsqueeze(0),
+                torch.cat([old_key, recent_key[h]])[None, None],
+                torch.cat([old_value, recent_value[h]])[None, None],
+                bias,
+                scale=scale,
+                softcap=softcap,
+                sinks=None if sinks is None else sinks[group],
+            )[0]
+    return out
+
+
+def packed_decode(
+    query: Tensor,
+    packed: PackedLayer,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """See `spkv.ops.attention.packed_decode`. Pads every chain to the longest."""
+    B, D = query.shape[0], query.shape[3]
+    C, P, ring_slots = packed.kept.shape[0], packed.page_size, packed.ring_pages * packed.page_size
+    pages = packed.ring_pages + -(-int(packed.kept.max()) // P)
+    pairs = packed.pool[packed.table[:, :pages].long()]  # [C, pages, 2, P, D]
+    slot = torch.arange(pages * P, device=query.device)
+    in_ring = slot < packed.seen.clamp_max(packed.window).repeat_interleave(packed.kv_heads)[:, None]
+    in_kept = (slot >= ring_slots) & (slot < ring_slots + packed.kept[:, None])
+    held = in_ring | in_kept  # [C, pages * P]
+    # Slots that hold nothing may hold anything, NaN included; 0 * NaN would reach the output.
+    key = pairs[:, :, 0].reshape(C, -1, D).masked_fill(~held[..., None], 0.0)
+    value = pairs[:, :, 1].reshape(C, -1, D).masked_fill(~held[..., None], 0.0)
+    bias = torch.zeros(held.shape, device=query.device).masked_fill_(~held, float("-inf"))
+    return attend(
+        query,
+        key.view(B, packed.kv_heads, -1, D),
+        value.view(B, packed.kv_heads, -1, D),
+        bias.view(B, packed.kv_heads, 1, 1, -1),
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+    )
+
+
+def count_leaving(packed: PackedLayer, keep: Tensor, valid: Tensor | None) -> Tensor:
+    """Return [C] int64: kept pairs that leave the window of each chain when `keep`'s tokens [B, Hkv, T] arrive."""
+    B, Hkv, T = keep.shape
+    if T == 1 and valid is None:
+        slot = (packed.seen % packed.window).repeat_interleave(Hkv).long()[:, None]
+        leaving = packed.ring_keep.gather(1, slot)[:, 0] & (packed.seen >= packed.window).repeat_interleave(Hkv)
+        return leaving.long()
+    counts = []
+    for b in range(B):
+        columns = valid_columns(valid, b, T, keep.device)
+        recent_keep = torch.cat([ring_pairs(packed, b)[2], keep[b, :, columns]], dim=1)
+        counts.append(recent_keep[:, : max(0, recent_keep.shape[1] - packed.window)].sum(1))
+    return torch.cat(counts)
+
+
+def write(packed: PackedLayer, key: Tensor, value: Tensor, keep: Tensor, valid: Tensor | None = None) -> None:
+    """See `spkv.ops.attention.write`."""
+    if key.shape[2] == 1 and valid is None:
+        _write_token(packed, key.flatten(0, 1)[:, 0], value.flatten(0, 1)[:, 0], keep.flatten())
+        return
+    for b in range(key.shape[0]):
+        columns = valid_columns(valid, b, key.shape[2], key.device)
+        _write_chunk(packed, b, key[b, :, columns], value[b, :, columns], keep[b, :, columns])
+
+
+def _write_token(packed: PackedLayer, key: Tensor, value: Tensor, keep: Tensor) -> None:
+    """One token a sequence: key and value [C, D], keep [C]."""
+    P, Hkv = packed.page_size, packed.kv_heads
+    chain = torch.arange(packed.kept.shape[0], device=key.device)
+    slot = (packed.seen % packed.window).repeat_interleave(Hkv).long()
+    page, offset = packed.table[chain, slot // P].long(), slot % P
+    leaves = packed.ring_keep[chain, slot] & (packed.seen >= packed.window).repeat_interleave(Hkv)
+    append = leaves.nonzero()[:, 0]
+    if append.numel():
+        target = packed.kept[append].long()
+        target_page = packed.table[append, packed.ring_pages + target // P].long()
+        packed.pool[target_page, :, target % P] = packed.pool[page[append], :, offset[append]]
+        packed.kept[append] += 1
+    packed.pool[page, 0, offset] = key
+    packed.pool[page, 1, offset] = value
+    packed.ring_keep[chain, slot] = keep
+    packed.seen.add_(1)
+
+
+def _write_chunk(packed: PackedLayer, b: int, key: Tensor, value: Tensor, keep: Tensor) -> None:
+    """Any number of tokens of sequence b: key and value [Hkv, n, D], keep [Hkv, n]."""
+    n, P, w, Hkv = key.shape[1], packed.page_size, packed.window, packed.kv_heads
+    if n == 0:
+        return
+    seen = int(packed.seen[b])
+    chains = slice(b * Hkv, (b + 1) * Hkv)
+    table, kept = packed.table[chains].long(), packed.kept[chains]
+    recent_key, recent_value, recent_keep, ring_length = recent_pairs(packed, b, key, value, keep)
+    leaving = max(0, ring_length + n - w)
+
+    # Append what leaves the window and is kept, before its ring slot is reused.
+    head, position = recent_keep[:, :leaving].nonzero(as_tuple=True)
+    rank = recent_keep[:, :leaving].cumsum(1)[head, position] - 1
+    target = kept[head].long() + rank
+    target_page = table[head, packed.ring_pages + target // P]
+    packed.pool[target_page, 0, target % P] = recent_key[head, position]
+    packed.pool[target_page, 1, target % P] = recent_value[head, position]
+    kept += recent_keep[:, :leaving].sum(1).to(kept.dtype)
+
+    # The ring takes the tokens of this chunk that are still in the window.
+    first = max(0, n - w)
+    slot = torch.arange(seen + first, seen + n, device=key.device) % w
+    page = table[:, slot // P]
+    packed.pool[page, 0, slot % P] = key[:, first:]
+    packed.pool[page, 1, slot % P] = value[:, first:]
+    packed.ring_keep[chains, slot] = keep[:, first:]
+    packed.seen[b] = seen + n
+
+
+def valid_columns(valid: Tensor | None, b: int, tokens: int, device: torch.device) -> slice | Tensor:
+    """Columns of a chunk that hold tokens of sequence b: all, or the indices where `valid` [B, T] is set."""
+    return slice(0, tokens) if valid is None else valid[b].nonzero()[:, 0].to(device)
+
+
+def ring_pairs(packed: PackedLayer, b: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values [Hkv, r, D] and keep bits [Hkv, r] of sequence b's window, oldest first; r = min(seen, w)."""
+    P, w, Hkv = packed.page_size, packed.window, packed.kv_heads
+    seen = int(packed.seen[b])
+    slot = torch.arange(max(0, seen - w), seen, device=packed.pool.device) % w
+    chains = slice(b * Hkv, (b + 1) * Hkv)
+    pairs = packed.pool[packed.table[chains].long()[:, slot // P], :, slot % P]  # [Hkv, r, 2, D]
+    return pairs[:, :, 0], pairs[:, :, 1], packed.ring_keep[chains][:, slot]
+
+
+def recent_pairs(
+    past: PackedLayer | None, b: int, key: Tensor, value: Tensor, keep: Tensor
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Put sequence b's window before its new tokens; returns keys, values, keep bits and the window's length."""
+    if past is None:
+        return key, value, keep, 0
+    ring_key, ring_value, ring_keep = ring_pairs(past, b)
+    return (
+        torch.cat([ring_key, key], dim=1),
+        torch.cat([ring_value, value], dim=1),
+        torch.cat([ring_keep, keep], dim=1),
+        ring_key.shape[1],
+    )
+
+
+def kept_pairs(past: PackedLayer | None, b: int, h: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [kept, D] in the kept pages of one chain; `key` and `value` give dtype and head size."""
+    if past is None:
+        return key.new_empty(0, key.shape[-1]), value.new_empty(0, value.shape[-1])
+    chain, P = b * past.kv_heads + h, past.page_size
+    kept = int(past.kept[chain])
+    pages = past.table[chain, past.ring_pages : past.ring_pages + -(-kept // P)].long()
+    # Indexing each half apart gives contiguous copies, and reads each byte once.
+    return past.pool[:, 0][pages].flatten(0, 1)[:kept], past.pool[:, 1][pages].flatten(0, 1)[:kept]

@@ -1,0 +1,189 @@
+"""Blockwise implementations on `scaled_dot_product_attention`: what CPUs run, with cost that follows density.
+
+Legend as in `reference.py`. Soft-capping and attention sinks, which SDPA lacks, use the eager `attend` per block.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spkv.ops import reference
+from spkv.ops.packed import PackedLayer
+
+# Queries in a block. Larger blocks waste work on the causal edge of the local part, smaller ones on launches.
+_BLOCK = 256
+
+
+def gated_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_gate: Tensor | None,
+    *,
+    window: int,
+    scale: float,
+    segment_ids: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """See `spkv.ops.attention.gated_attention`: blocks of queries against all keys before them."""
+    index = torch.arange(query.shape[2], device=query.device)
+    blocks = []
+    for start in range(0, query.shape[2], _BLOCK):
+        stop = min(start + _BLOCK, query.shape[2])
+        same_segment = None
+        if segment_ids is not None:
+            same_segment = segment_ids[:, start:stop, None] == segment_ids[:, None, :stop]
+        bias = reference.window_bias(
+            index[start:stop],
+            index[:stop],
+            None if log_gate is None else log_gate[:, :, :stop],
+            window,
+            same_segment,
+        )
+        blocks.append(
+            _attend(
+                query[:, :, start:stop],
+                key[:, :, :stop],
+                value[:, :, :stop],
+                bias,
+                scale=scale,
+                softcap=softcap,
+                sinks=sinks,
+            )
+        )
+    return torch.cat(blocks, dim=2)
+
+
+def pruned_prefill(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keep: Tensor,
+    *,
+    window: int,
+    scale: float,
+    past: PackedLayer | None = None,
+    valid: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """See `spkv.ops.attention.pruned_prefill`.
+
+    A block of queries sees three runs of keys: the chain, the kept pairs of the chunk that are past the window of
+    the whole block (both without a mask), and the pairs near the block (masked). Only the last is of fixed cost.
+    """
+    out = torch.zeros_like(query)
+    group = query.shape[1] // key.shape[1]
+    for b in range(query.shape[0]):
+        columns = reference.valid_columns(valid, b, query.shape[2], query.device)
+        recent_key, recent_value, recent_keep, ring_length = reference.recent_pairs(
+            past, b, key[b, :, columns], value[b, :, columns], keep[b, :, columns]
+        )
+        queries = query[b][:, columns]
+        result = torch.empty_like(queries)
+        for h in range(key.shape[1]):
+            heads = slice(h * group, (h + 1) * group)
+            old_key, old_value = reference.kept_pairs(past, b, h, key, value)
+            kept_index = recent_keep[h].nonzero()[:, 0]
+            kept_key = torch.cat([old_key, recent_key[h, kept_index]])
+            kept_value = torch.cat([old_value, recent_value[h, kept_index]])
+            kept_before = torch.cat([recent_keep.new_zeros(1, dtype=torch.long), recent_keep[h].cumsum(0)]).tolist()
+            for start in range(0, queries.shape[1], _BLOCK):
+                stop = min(start + _BLOCK, queries.shape[1])
+                near = max(0, ring_length + start - window + 1)  # oldest pair in the first query's window
+                far = old_key.shape[0] + kept_before[near]
+                result[heads, start:stop] = _attend(
+                    queries[None, heads, start:stop],
+                    torch.cat([kept_key[:far], recent_key[h, near : ring_length + stop]])[None, None],
+                    torch.cat([kept_value[:far], recent_value[h, near : ring_length + stop]])[None, None],
+                    _block_mask(recent_keep[h], near, ring_length + start, ring_length + stop, far, window),
+                    scale=scale,
+                    softcap=softcap,
+                    sinks=None if sinks is None else sinks[heads],
+                )[0]
+        out[b][:, columns] = result
+    return out
+
+
+def packed_decode(
+    query: Tensor,
+    packed: PackedLayer,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """See `spkv.ops.attention.packed_decode`: one chain after the other, each at its own length."""
+    B, H, _, D = query.shape
+    Hkv, P, ring_slots = packed.kv_heads, packed.page_size, packed.ring_pages * packed.page_size
+    pool_key, pool_value = packed.pool[:, 0], packed.pool[:, 1]
+    grouped = (query * scale).reshape(B * Hkv, H // Hkv, D)
+    out = torch.zeros_like(grouped)
+    seen, kept = packed.seen.tolist(), packed.kept.tolist()
+    for c in range(B * Hkv):
+        held = min(seen[c // Hkv], packed.window)
+        if held == 0:
+            continue
+        pages = packed.table[c, : packed.ring_pages + -(-kept[c] // P)]
+        key = pool_key.index_select(0, pages).flatten(0, 1)
+        value = pool_value.index_select(0, pages).flatten(0, 1)
+        if held == ring_slots:
+            key, value = key[: ring_slots + kept[c]], value[: ring_slots + kept[c]]
+        else:
+            key = torch.cat([key[:held], key[ring_slots : ring_slots + kept[c]]])
+            value = torch.cat([value[:held], value[ring_slots : ring_slots + kept[c]]])
+        if softcap is not None or sinks is not None:
+            heads = slice(c % Hkv * (H // Hkv), (c % Hkv + 1) * (H // Hkv))
+            out[c] = reference.attend(
+                grouped[c][None, :, None],
+                key[None, None],
+                value[None, None],
+                key.new_zeros(()),
+                scale=1.0,
+                softcap=softcap,
+                sinks=None if sinks is None else sinks[heads],
+            )[0, :, 0]
+        else:
+            weights = (grouped[c] @ key.T).softmax(-1, dtype=torch.promote_types(key.dtype, torch.float32))
+            out[c] = weights.to(value.dtype) @ value
+    return out.view(B, H, 1, D)
+
+
+def _block_mask(keep: Tensor, near: int, start: int, stop: int, far: int, window: int) -> Tensor:
+    """Bool [stop - start, far + stop - near]: the first `far` keys are seen by all, the near ones by the rule."""
+    key_index = torch.arange(near, stop, device=keep.device)
+    distance = torch.arange(start, stop, device=keep.device)[:, None] - key_index
+    mask = torch.ones(stop - start, far + stop - near, dtype=torch.bool, device=keep.device)
+    mask[:, far:] = (distance >= 0) & ((distance < window) | keep[near:stop])
+    return mask
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """`reference.attend` through SDPA where SDPA can; `bias` may be boolean (True where seen)."""
+    if softcap is not None or sinks is not None:
+        if bias.dtype == torch.bool:
+            bias = torch.zeros(bias.shape, device=bias.device).masked_fill_(~bias, float("-inf"))
+        return reference.attend(query, key, value, bias, scale=scale, softcap=softcap, sinks=sinks)
+    B, H, T, D = query.shape
+    Hkv = key.shape[1]
+    grouped = query.reshape(B * Hkv, H // Hkv, T, D)
+    if bias.dtype != torch.bool:
+        bias = bias.to(query.dtype)
+        if bias.dim() == 5:
+            bias = bias.expand(B, Hkv, -1, -1, -1).flatten(0, 1)
+    # Expanding, not repeating: the group's heads read one copy of the keys.
+    key = key.flatten(0, 1).unsqueeze(1).expand(-1, H // Hkv, -1, -1)
+    value = value.flatten(0, 1).unsqueeze(1).expand(-1, H // Hkv, -1, -1)
+    return F.scaled_dot_product_attention(grouped, key, value, attn_mask=bias, scale=scale).view(B, H, T, D)

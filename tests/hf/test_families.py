@@ -1,0 +1,196 @@
+"""The invariant, for every model family, on tiny random models: one text, several ways to compute it."""
+
+import pytest
+import torch
+import transformers
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+import spkv
+import spkv.gates
+from spkv.gates import OpenGate
+from spkv.hf.families import FAMILIES
+
+VOCABULARY = 97
+COMMON = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+MIXED = dict(num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=12)
+EXPERTS = dict(moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, num_local_experts=4)
+
+CONFIGS = {
+    "cohere2": ("Cohere2Config", MIXED),
+    "gemma2": ("Gemma2Config", MIXED | dict(head_dim=8, attn_logit_softcapping=3.0)),
+    "gemma3_text": ("Gemma3TextConfig", MIXED | dict(head_dim=16)),
+    "glm4": ("Glm4Config", dict(head_dim=8)),
+    "gpt_oss": ("GptOssConfig", MIXED | EXPERTS | dict(head_dim=8)),
+    "granite": ("GraniteConfig", dict(attention_multiplier=0.3)),
+    "llama": ("LlamaConfig", {}),
+    "mistral": ("MistralConfig", dict(sliding_window=None)),
+    "mixtral": ("MixtralConfig", EXPERTS | dict(sliding_window=None)),
+    "olmo2": ("Olmo2Config", {}),
+    "phi3": ("Phi3Config", dict(sliding_window=None)),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", dict(head_dim=16)),
+    "qwen3_moe": ("Qwen3MoeConfig", EXPERTS | dict(head_dim=8)),
+    "smollm3": ("SmolLM3Config", dict(use_sliding_window=False)),
+    "stablelm": ("StableLmConfig", {}),
+    "starcoder2": ("Starcoder2Config", dict(sliding_window=None)),
+}
+
+
+def family_model(model_type):
+    name, options = CONFIGS[model_type]
+    config = getattr(transformers, name)(**(COMMON | options))
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module", params=sorted(CONFIGS))
+def model(request):
+    return family_model(request.param)
+
+
+def test_every_family_is_tested():
+    assert set(CONFIGS) == set(FAMILIES)
+
+
+@torch.no_grad()
+def cached_logits(model, ids, cuts, attention_mask=None):
+    cache, parts = None, []
+    for start, stop in zip([0, *cuts], [*cuts, ids.shape[1]], strict=True):
+        mask = None if attention_mask is None else attention_mask[:, :stop]
+        out = model(ids[:, start:stop], attention_mask=mask, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        parts.append(out.logits)
+    return torch.cat(parts, dim=1), cache
+
+
+@settings(max_examples=6)
+@given(data=st.data())
+def test_decode_chunks_and_the_masked_forward_agree(model, scatter_utilities, relative_error, data):
+    window = data.draw(st.one_of(st.integers(1, 24), st.just(200)))
+    threshold = data.draw(st.floats(0.1, 0.9))
+    batch, length = data.draw(st.integers(1, 3)), data.draw(st.integers(2, 60))
+    cuts = sorted(data.draw(st.sets(st.integers(1, length - 1), max_size=4)))
+    tail = data.draw(st.integers(0, min(8, length - 1)))
+    ids = torch.randint(3, VOCABULARY, (batch, length))
+    spkv.attach(model, spkv.SPKVConfig(window=window, threshold=threshold))
+    try:
+        scatter_utilities(model)
+        attachment = spkv.attachment(model)
+        attachment.oracle = True
+        with attachment.record() as record, torch.no_grad():
+            expected = model(ids, use_cache=False).logits
+        attachment.oracle = False
+        # A utility within rounding of the threshold may fall on either side of it.
+        assume(all((u - threshold).abs().min() > 1e-5 for u in record.utilities.values()))
+        with torch.no_grad():
+            assert relative_error(model(ids, use_cache=False).logits, expected) < 1e-5
+        chunked, cache = cached_logits(model, ids, cuts)
+        assert relative_error(chunked, expected) < 1e-5
+        decoded, decoded_cache = cached_logits(model, ids, range(length - tail, length))
+        assert relative_error(decoded, expected) < 1e-5
+
+        # What is kept is what the utilities say, whichever way it was computed.
+        kept = [(u >= threshold)[..., : max(0, length - window)].sum(-1) for u in record.utilities.values()]
+        for held in (cache, decoded_cache):
+            assert torch.equal(held.packed.kept_pairs(), torch.stack(kept))
+
+        # Left padding changes nothing for the tokens behind it.
+        padding = data.draw(st.integers(1, 5))
+        padded = torch.cat([torch.zeros(batch, padding, dtype=torch.long), ids], dim=1)
+        mask = torch.cat([torch.zeros(batch, padding), torch.ones(batch, length)], dim=1).long()
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        with torch.no_grad():
+            out = model(padded, attention_mask=mask, position_ids=positions, use_cache=True)
+        assert relative_error(out.logits[:, padding:], expected) < 1e-5
+        assert torch.equal(out.past_key_values.packed.kept_pairs(), torch.stack(kept))
+    finally:
+        spkv.detach(model)
+
+
+def test_open_gates_equal_the_original_and_detaching_restores_it(model, relative_error):
+    ids = torch.randint(3, VOCABULARY, (2, 40))
+    with torch.no_grad():
+        original = model(ids, use_cache=False).logits
+        state = {k: v.clone() for k, v in model.state_dict().items()}
+        spkv.attach(model, spkv.SPKVConfig(window=4))
+        try:
+            assert relative_error(model(ids).logits, original) < 1e-5  # bias +5: all gates open
+            with spkv.attachment(model).using(OpenGate()):
+                assert relative_error(cached_logits(model, ids, [7, 8, 30])[0], original) < 1e-5
+            with spkv.dense(model):
+                assert torch.equal(model(ids, use_cache=False).logits, original)
+            assert relative_error(model(ids).logits, original) < 1e-5
+        finally:
+            spkv.detach(model)
+        assert torch.equal(model(ids, use_cache=False).logits, original)
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def test_what_a_prefix_keeps_does_not_depend_on_what_follows(model, scatter_utilities):
+    ids, other = torch.randint(3, VOCABULARY, (1, 50)), torch.randint(3, VOCABULARY, (1, 50))
+    other[:, :30] = ids[:, :30]
+    spkv.attach(model, spkv.SPKVConfig(window=4))
+    try:
+        scatter_utilities(model)
+        kept = []
+        for text in (ids[:, :30], ids, other):
+            with spkv.attachment(model).record() as record, torch.no_grad():
+                model(text, use_cache=False)
+            kept.append([(u >= 0.5)[..., :30] for u in record.utilities.values()])
+    finally:
+        spkv.detach(model)
+    for prefix, longer, changed in zip(*kept, strict=True):
+        assert torch.equal(prefix, longer)
+        assert torch.equal(prefix, changed)
+
+
+def test_generate_uses_the_self_pruned_cache(model, scatter_utilities):
+    ids = torch.randint(3, VOCABULARY, (2, 30))
+    options = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False, return_dict_in_generate=True)
+    spkv.attach(model, spkv.SPKVConfig(window=4))
+    try:
+        scatter_utilities(model)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        assert isinstance(out.past_key_values, spkv.SPKVCache)
+        assert 0 < out.past_key_values.density() < 1
+        # Greedy by the masked forward, token by token.
+        expected = ids
+        with torch.no_grad():
+            for _ in range(8):
+                logits = model(expected, use_cache=False).logits[:, -1]
+                logits[:, 2] = float("-inf")  # min_new_tokens forbids the end
+                expected = torch.cat([expected, logits.argmax(-1, keepdim=True)], dim=1)
+        assert torch.equal(out.sequences, expected)
+    finally:
+        spkv.detach(model)
+
+
+def test_gradients_reach_predictors_of_global_layers_only(model):
+    ids = torch.randint(3, VOCABULARY, (1, 20))
+    spkv.attach(model, spkv.SPKVConfig(window=2, initial_bias=0.0))
+    try:
+        attachment = spkv.attachment(model)
+        attachment.gate = spkv.gates.SoftGate()
+        model.train()
+        model(ids, labels=ids).loss.backward()
+        names = {n for n, p in model.named_parameters() if "utility_predictor" in n}
+        assert names
+        assert all(model.get_parameter(n).grad.abs().sum() > 0 for n in names if n.endswith("down.bias"))
+        assert {int(n.split("layers.")[1].split(".")[0]) for n in names} == set(attachment.decoder.global_layers)
+    finally:
+        model.eval().zero_grad(set_to_none=True)
+        spkv.detach(model)

@@ -1,0 +1,136 @@
+"""Saving and loading: whole models, adapters with and without LoRA, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import spkv
+from spkv.checkpoint import fingerprint, load_predictors, save_adapter
+
+IDS = torch.arange(3, 63)[None]
+
+
+@pytest.fixture
+def base(tiny_llama, tmp_path):
+    tiny_llama.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def attached(base, tiny_llama, scatter_utilities):
+    spkv.attach(tiny_llama, spkv.SPKVConfig(window=8, threshold=0.4))
+    scatter_utilities(tiny_llama)
+    return tiny_llama
+
+
+def with_lora(model):
+    peft = get_peft_model(model, LoraConfig(r=3, target_modules=["q_proj", "down_proj"]))
+    for name, parameter in peft.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return peft.eval()
+
+
+@torch.no_grad()
+def logits(model):
+    return model(IDS, use_cache=False).logits
+
+
+def test_a_whole_model_round_trips_and_transformers_reads_it(attached, tmp_path):
+    spkv.save(attached, tmp_path / "whole", training={"density": 0.3})
+    loaded = spkv.load(tmp_path / "whole")
+    assert torch.equal(logits(loaded), logits(attached))
+    assert spkv.attachment(loaded).config == spkv.attachment(attached).config
+    assert json.loads((tmp_path / "whole/spkv_config.json").read_text())["training"] == {"density": 0.3}
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    with spkv.dense(attached):
+        assert torch.equal(logits(plain), logits(attached))
+    suffixes = {file.suffix for file in (tmp_path / "whole").iterdir()}
+    assert suffixes == {".json", ".safetensors"}
+
+
+def test_an_adapter_round_trips(attached, base, tmp_path):
+    save_adapter(attached, tmp_path / "adapter")
+    loaded = spkv.load(base, adapter=tmp_path / "adapter", threshold=0.6)
+    assert spkv.attachment(loaded).threshold == 0.6
+    spkv.attachment(loaded).threshold = 0.4
+    assert torch.equal(logits(loaded), logits(attached))
+    assert sum(f.stat().st_size for f in (tmp_path / "adapter").iterdir()) < 50_000
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_an_adapter_with_lora_round_trips(attached, base, tmp_path, dtype):
+    model = with_lora(attached)
+    save_adapter(model, tmp_path / "adapter", dtype=dtype)
+    loaded = spkv.load(base, adapter=tmp_path / "adapter")
+    tolerance = 1e-5 if dtype is None else 0.05
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=tolerance, atol=tolerance)
+    if dtype is not None:
+        stored = load_file(tmp_path / "adapter/predictor.safetensors")
+        stored |= load_file(tmp_path / "adapter/adapter_model.safetensors")
+        assert {t.dtype for t in stored.values()} == {dtype}
+
+
+def test_other_types_and_devices_can_be_asked_for(attached, base, tmp_path):
+    save_adapter(attached, tmp_path / "adapter")
+    loaded = spkv.load(base, adapter=tmp_path / "adapter", dtype=torch.bfloat16, device="cpu")
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+
+
+def test_the_fingerprint_ignores_what_adaptation_adds(attached, base):
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    assert fingerprint(with_lora(attached)) == fingerprint(plain)
+    rounded = fingerprint(plain.to(torch.bfloat16))["mean_magnitudes"]
+    for name, value in fingerprint(plain.float())["mean_magnitudes"].items():
+        assert rounded[name] == pytest.approx(value, rel=1e-3)
+
+
+def test_an_adapter_for_another_model_is_refused(attached, base, tmp_path):
+    save_adapter(attached, tmp_path / "adapter")
+    other = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        other.model.embed_tokens.weight.mul_(1.5)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="is for another model of the same sizes: the mean magnitude of embed_tokens"):
+        spkv.load(tmp_path / "other", adapter=tmp_path / "adapter")
+    config = json.loads((base / "config.json").read_text())
+    config["num_hidden_layers"] = 1
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="it needs num_hidden_layers=2, this one has num_hidden_layers=1"):
+        spkv.load(base, adapter=tmp_path / "adapter")
+
+
+def test_missing_and_broken_files_are_named(attached, base, tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"holds no spkv_config.json: it is not a self-pruned model. Pass adapter="
+    ):
+        spkv.load(base)
+    with pytest.raises(FileNotFoundError, match="is no adapter: it holds no spkv_config.json"):
+        spkv.load(base, adapter=tmp_path / "nowhere")
+    spkv.save(attached, tmp_path / "whole")
+    with pytest.raises(ValueError, match="holds a whole model, not an adapter: load it by itself"):
+        spkv.load(base, adapter=tmp_path / "whole")
+    file = tmp_path / "whole/predictor.safetensors"
+    weights = load_file(file)
+    save_file({k: v for k, v in weights.items() if "layers.1" not in k}, file)
+    with pytest.raises(ValueError, match=r"it holds layers \[0\] with .*, the model needs layers \[0, 1\]"):
+        spkv.load(tmp_path / "whole")
+    file.write_bytes(b"not safetensors")
+    with pytest.raises(ValueError, match="is not a readable safetensors file"):
+        load_predictors(attached, tmp_path / "whole")
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no predictor.safetensors"):
+        spkv.load(tmp_path / "whole")
+    stored = json.loads((tmp_path / "whole/spkv_config.json").read_text())
+    (tmp_path / "whole/spkv_config.json").write_text(json.dumps(stored | {"format": 99}))
+    with pytest.raises(ValueError, match="has format 99; this version reads format 1"):
+        spkv.load(tmp_path / "whole")
+
+
+def test_lora_is_not_saved_as_a_whole_model(attached, tmp_path):
+    with pytest.raises(ValueError, match="carries LoRA weights: use spkv.checkpoint.save_adapter"):
+        spkv.save(with_lora(attached), tmp_path)

@@ -1,0 +1,46 @@
+"""SPKVConfig: checked when made, JSON and back."""
+
+import json
+
+import pytest
+
+from spkv.config import SPKVConfig, check_threshold
+
+
+def test_a_config_survives_json():
+    config = SPKVConfig(window=3, threshold=0.7, predictor_width=5, layers=(4, 1, 4))
+    assert config.layers == (1, 4)
+    assert SPKVConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config.replace(window=9).window == 9
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"window": 0}, ValueError, "window must be at least 1, not 0"),
+        ({"window": 1.5}, TypeError, "window must be a whole number of at least 1, not 1.5"),
+        ({"window": True}, TypeError, "not True"),
+        ({"threshold": 0.0}, ValueError, "strictly between 0 and 1, not 0.0"),
+        ({"threshold": 1}, ValueError, "strictly between 0 and 1, not 1"),
+        ({"threshold": "high"}, TypeError, "a number in \\(0, 1\\), not 'high'"),
+        ({"predictor_width": 0}, ValueError, "predictor_width must be at least 1, not 0"),
+        ({"initial_bias": None}, TypeError, "initial_bias must be a number, not None"),
+        ({"layers": ()}, ValueError, "layers must be None or non-negative layer indices"),
+        ({"layers": (1, -1)}, ValueError, "non-negative layer indices"),
+        ({"page_size": 0}, ValueError, "page_size must be at least 1"),
+    ],
+)
+def test_bad_fields_are_named(fields, error, message):
+    with pytest.raises(error, match=message):
+        SPKVConfig(**fields)
+
+
+def test_unknown_fields_are_named():
+    with pytest.raises(ValueError, match=r"unknown SPKVConfig fields \['windw'\]; known are .*'window'"):
+        SPKVConfig.from_dict({"windw": 3})
+
+
+def test_check_threshold_returns_what_it_was_given():
+    assert check_threshold(0.25) == 0.25
+    with pytest.raises(ValueError, match="not nan"):
+        check_threshold(float("nan"))

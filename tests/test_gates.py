@@ -1,0 +1,84 @@
+"""Gates: soft, annealed, hard, and those of other policies."""
+
+import pytest
+import torch
+
+from spkv.gates import AnnealedGate, OpenGate, RandomGate, SinkGate, SoftGate, ThresholdGate
+from spkv.predictor import UtilityPredictor
+
+UTILITY = torch.tensor([[[0.1, 0.5, 0.9, 1e-38]]])
+POSITION = torch.arange(4)[None]
+WHERE = dict(layer=0, position=POSITION)
+
+
+def test_soft_is_the_logarithm_and_stays_finite():
+    utility = UTILITY.clone().requires_grad_()
+    gate = SoftGate().log_gate(utility, **WHERE)
+    torch.testing.assert_close(gate[..., :3], UTILITY[..., :3].log())
+    gate.sum().backward()
+    assert gate.isfinite().all()
+    assert utility.grad.isfinite().all()
+
+
+def test_annealing_runs_from_soft_to_hard():
+    soft, hard = SoftGate(), ThresholdGate(0.5)
+    torch.testing.assert_close(
+        AnnealedGate(0.5, 0.0).log_gate(UTILITY, **WHERE)[..., :3], soft.log_gate(UTILITY, **WHERE)[..., :3]
+    )
+    assert torch.equal(AnnealedGate(0.5, 1.0).log_gate(UTILITY, **WHERE), hard.log_gate(UTILITY, **WHERE))
+    half = AnnealedGate(0.5, 0.5).log_gate(UTILITY, **WHERE).exp()
+    torch.testing.assert_close(half[0, 0, :3], torch.tensor([0.05, 0.75, 0.95]))
+    assert not AnnealedGate(0.5, 0.5).log_gate(UTILITY.clone().requires_grad_(), **WHERE).requires_grad
+
+
+def test_hard_keeps_from_the_threshold_on():
+    assert ThresholdGate(0.5).keep(UTILITY, **WHERE).tolist() == [[[False, True, True, False]]]
+    assert ThresholdGate(0.5).log_gate(UTILITY, **WHERE)[0, 0].tolist() == [float("-inf"), 0, 0, float("-inf")]
+
+
+def test_other_policies():
+    assert OpenGate().keep(UTILITY, **WHERE).all()
+    assert SinkGate(2).keep(UTILITY, **WHERE).tolist() == [[[True, True, False, False]]]
+    assert SinkGate(2).keep(UTILITY, layer=0, position=POSITION + 2).sum() == 0
+
+
+@pytest.mark.parametrize("density", [0.0, 0.13, 0.5, 1.0])
+def test_random_has_its_density_and_depends_on_nothing_but_the_place(density):
+    gate, utility = RandomGate(density), torch.zeros(1, 4, 5000)
+    position = torch.arange(5000)[None]
+    keep = gate.keep(utility, layer=3, position=position)
+    assert keep.float().mean().item() == pytest.approx(density, abs=0.01)
+    assert torch.equal(keep[..., 700:800], gate.keep(utility[..., :100], layer=3, position=position[:, 700:800]))
+    if 0 < density < 1:
+        others = [
+            gate.keep(utility, layer=4, position=position),
+            keep.roll(1, dims=1),
+            RandomGate(density, seed=1).keep(utility, layer=3, position=position),
+        ]
+        for other in others:  # independent: they agree as often as chance has it
+            agreement = (other == keep).float().mean().item()
+            assert agreement == pytest.approx(density**2 + (1 - density) ** 2, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ThresholdGate(1.0), "strictly between 0 and 1"),
+        (lambda: AnnealedGate(0.5, 1.5), r"alpha must lie in \[0, 1\], not 1.5"),
+        (lambda: SinkGate(-1), "sinks must be at least 0, not -1"),
+        (lambda: RandomGate(2.0), r"density must lie in \[0, 1\], not 2.0"),
+    ],
+)
+def test_bad_values_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_new_predictor_starts_at_its_bias():
+    hidden = torch.randn(2, 9, 32)
+    utility = UtilityPredictor(32, 3, initial_bias=5.0)(hidden)
+    assert utility.shape == (2, 3, 9)
+    assert utility.dtype == torch.float32
+    assert (utility - torch.sigmoid(torch.tensor(5.0))).abs().max() < 0.01
+    assert UtilityPredictor(32, 3, width=7).up.out_features == 7
+    assert UtilityPredictor(32, 3).to(torch.bfloat16)(hidden.bfloat16()).dtype == torch.float32
