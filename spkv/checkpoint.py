@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ _LORA_FILE = "adapter_config.json"
 _FORMAT = 1
 # Names of models that packages carry, so that they load without a hub.
 PACKAGED_MODELS = ("smollm2",)
+SHIPPED_ADAPTERS = Path(__file__).parent / "adapters"
 # Relative difference of weight statistics above which two bases are not the same model. Storage in bfloat16 or
 # float16 moves them by less than 1e-3, and training by more than this.
 _SAME_WEIGHTS = 1e-2
@@ -67,7 +69,9 @@ def load(
     loaded = load_adapter(base, path) if path is not None else _attach_stored(base, Path(model))
     if threshold is not None:
         attachment(loaded).threshold = threshold
-    return loaded.to(device).eval() if device is not None else loaded.eval()
+    if device is not None:
+        nn.Module.to(loaded, device)
+    return loaded.eval()
 
 
 def load_base(model: str | os.PathLike[str], *, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
@@ -91,7 +95,13 @@ def resolve_adapter(model: str | os.PathLike[str], adapter: str | os.PathLike[st
             raise FileNotFoundError(f"{os.fspath(adapter)!r} is no adapter: it holds no {CONFIG_FILE}")
         return Path(adapter)
     if model in PACKAGED_MODELS:
-        return Path(__file__).parent / "adapters" / str(model)
+        shipped = SHIPPED_ADAPTERS / str(model)
+        if not (shipped / CONFIG_FILE).is_file():
+            raise FileNotFoundError(
+                f"no adapter for {model!r} ships with this version of spkv; pass one (adapter=DIR), "
+                "or make it with `spkv adapt`"
+            )
+        return shipped
     return None
 
 
@@ -111,7 +121,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, training: dict[str, 
         raise ValueError("the model carries LoRA weights: use spkv.checkpoint.save_adapter, or merge_and_unload first")
     path.mkdir(parents=True, exist_ok=True)
     weights = {k: v for k, v in model.state_dict().items() if ".utility_predictor." not in k}
-    model.save_pretrained(path, state_dict=weights)
+    pretrained: Any = model
+    pretrained.save_pretrained(path, state_dict=weights)
     _save_predictors(model, path, base=None, config=found.config, training=training)
 
 
@@ -133,7 +144,8 @@ def save_adapter(
     found, path = attachment(model), Path(path)
     path.mkdir(parents=True, exist_ok=True)
     if hasattr(model, "get_base_model"):
-        model.save_pretrained(path, safe_serialization=True)
+        peft: Any = model
+        peft.save_pretrained(path, safe_serialization=True)
         (path / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
         if dtype is not None:
             weights = load_file(path / "adapter_model.safetensors")
@@ -260,6 +272,6 @@ def _predictor_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     ]
 
 
-def _describe(tensors: dict[str, Tensor]) -> str:
+def _describe(tensors: Mapping[str, Tensor]) -> str:
     shapes = sorted({f"{k.split('.', 2)[2]} {list(v.shape)}" for k, v in tensors.items()})
     return f"layers {sorted({int(k.split('.')[1]) for k in tensors})} with {', '.join(shapes)}"

@@ -24,8 +24,9 @@ class DenseCache:
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, keep: Tensor, *, scale: float, **options: Any
     ) -> Tensor:
         """As `PackedCache.attend`: append, then attend to `{s <= t : t - s < w or kept}`."""
-        if self._pairs[layer] is not None:
-            old_key, old_value, old_keep = self._pairs[layer]
+        old = self._pairs[layer]
+        if old is not None:
+            old_key, old_value, old_keep = old
             key, value = torch.cat([old_key, key], dim=2), torch.cat([old_value, value], dim=2)
             keep = torch.cat([old_keep, keep], dim=2)
         self._pairs[layer] = key, value, keep

@@ -18,6 +18,7 @@ from spkv.ops.reference import count_leaving
 # A full pool grows by at least this share. Small, since unused pages count as allocated memory; each growth copies
 # the pool once, which decoding does anyway at every step.
 _GROWTH = 1 / 64
+_TENSORS = ("pool", "table", "seen", "kept", "ring_keep")
 
 
 class PackedCache:
@@ -31,6 +32,12 @@ class PackedCache:
         max_memory: bytes that the pool may take at most; None for no bound.
     """
 
+    pool: Tensor  # [pages, 2, P, D]
+    table: Tensor  # [layers, C, max_pages]
+    seen: Tensor  # [layers, B]
+    kept: Tensor  # [layers, C]
+    ring_keep: Tensor  # [layers, C, w]
+
     def __init__(
         self, layers: int, kv_heads: int, window: int, page_size: int = 16, max_memory: int | None = None
     ) -> None:
@@ -38,7 +45,7 @@ class PackedCache:
         self.max_memory = max_memory
         self.ring_pages = -(-window // page_size)
         self.pages = PageList()
-        self.pool: Tensor | None = None  # [pages, 2, P, D], made when the first pair tells dtype and device
+        self.sequences = 0  # B; the tensors are made when the first pairs tell it, with dtype and device
 
     def attend(
         self,
@@ -64,7 +71,7 @@ class PackedCache:
             PoolFullError: if the pages needed would exceed `max_memory`; this layer is as it was before.
             ValueError, TypeError: for shapes or dtypes that do not fit what the cache holds.
         """
-        if self.pool is None:
+        if not self.sequences:
             self._allocate(key)
         self._check_batch(key)
         packed = self.layer(layer)
@@ -90,13 +97,9 @@ class PackedCache:
         )
 
     @property
-    def sequences(self) -> int:
-        return 0 if self.pool is None else self.seen.shape[1]
-
-    @property
     def nbytes(self) -> int:
         """Bytes of all tensors that the cache holds, tables and free pages included."""
-        if self.pool is None:
+        if not self.sequences:
             return 0
         return sum(t.numel() * t.element_size() for t in (self.pool, self.table, self.seen, self.kept, self.ring_keep))
 
@@ -110,7 +113,7 @@ class PackedCache:
 
     def select(self, indices: Tensor) -> None:
         """Make sequence i what sequence indices[i] was; sequences not named are dropped (beam search)."""
-        if self.pool is None:
+        if not self.sequences:
             return
         wanted = [int(i) for i in indices]
         if any(not 0 <= i < self.sequences for i in wanted):
@@ -133,17 +136,19 @@ class PackedCache:
         for source in set(range(self.sequences)) - used:
             for (layer, chain), columns in self._pages_of(source).items():
                 self.pages.give(old_table[layer, chain, columns].tolist())
+        self.sequences = len(wanted)
         self.seen, self.kept = self.seen[:, wanted].clone(), self.kept[:, chains].clone()
         self.ring_keep = self.ring_keep[:, chains].clone()
 
     def reset(self) -> None:
         """Forget every sequence and free all memory."""
-        self.pool = None
-        self.pages = PageList()
+        self.sequences, self.pages = 0, PageList()
+        for name in _TENSORS:
+            self.__dict__.pop(name, None)
 
     def state(self) -> dict[str, Tensor]:
         """The cache as tensors, compact (no free pages); `load_state` is the inverse."""
-        if self.pool is None:
+        if not self.sequences:
             return {}
         used = self._used_pages()
         number = torch.zeros(self.pages.capacity, dtype=torch.int32, device=self.pool.device)
@@ -171,27 +176,28 @@ class PackedCache:
                 f"the state has {sizes[0]} layers, window {sizes[1]} and pages of {sizes[2]}; this cache has "
                 f"{self.layers} layers, window {self.window} and pages of {self.page_size}"
             )
-        for name, tensor in state.items():
-            setattr(self, name, tensor.clone())
+        for name in _TENSORS:
+            setattr(self, name, state[name].clone())
+        self.sequences = self.seen.shape[1]
         self.pages = PageList(self._page_limit())
         self.pages.grow(self.pool.shape[0])
         self.pages.take(self.pool.shape[0])
 
     def _allocate(self, key: Tensor) -> None:
         B, Hkv, _, D = key.shape
-        integers = dict(dtype=torch.int32, device=key.device)
+        self.sequences = B
         self.pool = key.new_empty(0, 2, self.page_size, D)
-        self.table = torch.zeros(self.layers, B * Hkv, self.ring_pages, **integers)
-        self.seen = torch.zeros(self.layers, B, **integers)
-        self.kept = torch.zeros(self.layers, B * Hkv, **integers)
+        self.table = torch.zeros(self.layers, B * Hkv, self.ring_pages, dtype=torch.int32, device=key.device)
+        self.seen = torch.zeros(self.layers, B, dtype=torch.int32, device=key.device)
+        self.kept = torch.zeros(self.layers, B * Hkv, dtype=torch.int32, device=key.device)
         self.ring_keep = torch.zeros(self.layers, B * Hkv, self.window, dtype=torch.bool, device=key.device)
         self.pages = PageList(self._page_limit())
 
     def _page_limit(self) -> int | None:
         if self.max_memory is None:
             return None
-        page_bytes = self.pool[:1].numel() or 2 * self.page_size * self.pool.shape[-1]
-        limit = self.max_memory // (page_bytes * self.pool.element_size())
+        page_bytes = 2 * self.page_size * self.pool.shape[-1] * self.pool.element_size()
+        limit = self.max_memory // page_bytes
         if limit < 1:
             raise ValueError(f"max_memory={self.max_memory} bytes do not hold one page")
         return limit

@@ -10,7 +10,6 @@ import contextlib
 import copy
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,15 +23,17 @@ from spkv.hf.families import Decoder, find_decoder
 from spkv.predictor import UtilityPredictor
 
 
-@dataclass
 class Record:
     """Utilities of the forward passes run inside `Attachment.record()`.
+
+    No dataclass: FSDP copies those that it finds among keywords, and what is entered in a copy is lost.
 
     Attributes:
         utilities: layer index -> [B, Hkv, T] float32, of the latest pass, with their graph.
     """
 
-    utilities: dict[int, Tensor] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.utilities: dict[int, Tensor] = {}
 
 
 class Attachment:
@@ -63,7 +64,8 @@ class Attachment:
     @property
     def predictors(self) -> dict[int, UtilityPredictor]:
         """Layer index -> its predictor."""
-        return {i: self.decoder.attentions[i].utility_predictor for i in self.layers}
+        attentions: list[Any] = self.decoder.attentions
+        return {i: attentions[i].utility_predictor for i in self.layers}
 
     @property
     def threshold(self) -> float:
@@ -151,7 +153,8 @@ def attach(model: PreTrainedModel, config: SPKVConfig | None = None) -> PreTrain
         attachment._handles.append(attention.register_forward_pre_hook(hook, with_kwargs=True))
     attachment._handles.append(decoder.module.register_forward_pre_hook(forward.decoder_pre_hook, with_kwargs=True))
     attachment._handles.append(decoder.module.register_forward_hook(forward.decoder_post_hook, always_call=True))
-    decoder.module.spkv_attachment = attachment
+    module: Any = decoder.module
+    module.spkv_attachment = attachment
     _set_implementation(attachment, active=True)
     return model
 
@@ -182,7 +185,8 @@ def attachment(model: nn.Module) -> Attachment:
 
 def find_attachment(model: nn.Module) -> Attachment | None:
     """Return the attachment of a model, or None."""
-    return next((m.spkv_attachment for m in model.modules() if hasattr(m, "spkv_attachment")), None)
+    modules: Iterator[Any] = model.modules()
+    return next((m.spkv_attachment for m in modules if hasattr(m, "spkv_attachment")), None)
 
 
 @contextlib.contextmanager
@@ -206,7 +210,8 @@ def _set_implementation(attachment: Attachment, active: bool) -> None:
     AttentionInterface.register(name, forward.attention)
     AttentionMaskInterface.register(name, functools.partial(forward.mask, original))
     decoder.config._attn_implementation = name if active else original
-    for index, attention in enumerate(decoder.attentions):
+    attentions: list[Any] = decoder.attentions
+    for index, attention in enumerate(attentions):
         if index in decoder.global_layers:
             attention.config._attn_implementation = name if active else original
         elif active:

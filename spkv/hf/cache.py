@@ -97,13 +97,14 @@ class SPKVCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes allocated: the pool with its tables and free pages, and what local layers hold."""
-        local = (t for layer in self.layers for t in (layer.keys, layer.values) if isinstance(t, Tensor))
+        layers: list[Any] = self.layers
+        local = (t for layer in layers for t in (layer.keys, layer.values) if isinstance(t, Tensor))
         return self.packed.nbytes + sum(t.numel() * t.element_size() for t in local)
 
     @property
     def dense_nbytes(self) -> int:
         """Bytes that a dense cache of the same tokens would take: global layers in full, local layers as they are."""
-        if self.packed.pool is None:
+        if not self.packed.sequences:
             return 0
         pair_bytes = self.packed.pool[:1].element_size() * 2 * self.packed.pool.shape[-1]
         pairs = int(self.packed.seen.sum()) * self.packed.kv_heads
@@ -135,7 +136,7 @@ class SPKVCache(Cache):
         held = self.packed.kept_pairs().sum(1) + self.packed.seen.clamp_max(self.window).sum(1, keepdim=True)
         return (held.double() / self.packed.seen.sum(1, keepdim=True).double()).cpu()
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:  # type: ignore[override]
         """Sequence i becomes what sequence beam_idx[i] was (beam search)."""
         super().reorder_cache(beam_idx)
         self.packed.select(beam_idx)
@@ -147,7 +148,8 @@ class SPKVCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence `repeats` times, in place."""
-        for layer in self.layers:
+        layers: list[Any] = self.layers
+        for layer in layers:
             if not isinstance(layer, SPKVLayer):
                 layer.batch_repeat_interleave(repeats)
         self.packed.select(torch.arange(self.packed.sequences).repeat_interleave(repeats))

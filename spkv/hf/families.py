@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -79,7 +80,7 @@ def find_decoder(model: nn.Module) -> Decoder:
         TypeError: if `model` is not a transformers model.
         ValueError: if its family is not supported, or all its layers are local.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = unwrap(model)
     if not isinstance(base, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, not {type(model).__name__}")
     model_type = base.config.model_type
@@ -95,6 +96,12 @@ def find_decoder(model: nn.Module) -> Decoder:
             "there is no global attention layer whose cache could be pruned"
         )
     return Decoder(family, module, module.config, attentions, global_layers)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT model, or the model itself."""
+    wrapped: Any = model
+    return wrapped.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _is_local(config: PreTrainedConfig, layer: int) -> bool:

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from spkv.gates import Gate, OpenGate
+from spkv.gates import Gate, HardGate, OpenGate
 from spkv.hf.cache import SPKVCache
 from spkv.ops.attention import gated_attention, pruned_prefill
 
@@ -59,7 +59,7 @@ def mask(original: str, *args: Any, local_size: int | None = None, **kwargs: Any
     return ALL_MASK_ATTENTION_FUNCTIONS[original](*args, local_size=local_size, **kwargs)
 
 
-def decoder_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def decoder_pre_hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Choose the cache, read the padding, and pass a ForwardContext down as a keyword."""
     found: Attachment = module.spkv_attachment
     if found.suspended:
@@ -94,12 +94,12 @@ def decoder_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     return (), kwargs
 
 
-def decoder_post_hook(module: nn.Module, args: Any, output: Any) -> None:
+def decoder_post_hook(module: Any, args: Any, output: Any) -> None:
     """The pass is over, or has failed."""
     module.spkv_attachment.context = None
 
 
-def _choose_cache(found: Attachment, module: nn.Module, kwargs: dict[str, Any]) -> SPKVCache | None:
+def _choose_cache(found: Attachment, module: Any, kwargs: dict[str, Any]) -> SPKVCache | None:
     """The cache of this pass: ours if one was given, a new one in place of an absent or empty one, or None."""
     given, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
     use_cache = module.config.use_cache if use_cache is None else use_cache
@@ -138,7 +138,7 @@ def _valid_tokens(attention_mask: Any, batch: int, tokens: int, past: int) -> Te
     return None if bool(valid.all()) else valid
 
 
-def attention_pre_hook(found: Attachment, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def attention_pre_hook(found: Attachment, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Compute the utilities of a layer's input and add them to the context."""
     context: ForwardContext | None = kwargs.get(_KEYWORD, found.context)
     if context is None:
@@ -152,7 +152,7 @@ def attention_pre_hook(found: Attachment, module: nn.Module, args: tuple[Any, ..
 
 
 def attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -167,21 +167,33 @@ def attention(
     """The attention function of global layers, as transformers calls it: returns [B, T, H, D] and no weights."""
     if spkv is None:
         raise ValueError("the decoder of an attached model must be called as a whole, not layer by layer")
+    if torch.is_autocast_enabled(query.device.type):
+        # Under autocast rotary embedding leaves queries and keys in float32, beside half-precision values.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     options: dict[str, Any] = dict(scale=scaling, softcap=softcap, sinks=s_aux)
     layer, window, implementation = module.layer_idx, spkv.attachment.config.window, spkv.attachment.implementation
     utility, gate = spkv.utility, spkv.gate
     if utility is None:  # a global layer without a predictor keeps everything
         utility, gate = query.new_ones(key.shape[:3], dtype=torch.float32), OpenGate()
     if spkv.cache is not None:
+        assert isinstance(gate, HardGate)  # or there would be no cache
         keep = gate.keep(utility, layer=layer, position=spkv.position)
         out = spkv.cache.attend(layer, query, key.detach(), value.detach(), keep, spkv.valid, **options)
-    elif gate.hard and spkv.segment_ids is None and not spkv.attachment.oracle and not torch.is_grad_enabled():
+    elif (
+        isinstance(gate, HardGate)
+        and spkv.segment_ids is None
+        and not spkv.attachment.oracle
+        and not torch.is_grad_enabled()
+    ):
         keep = gate.keep(utility, layer=layer, position=spkv.position)
         out = pruned_prefill(
             query, key, value, keep, window=window, valid=spkv.valid, implementation=implementation, **options
         )
     else:
-        log_gate = gate.log_gate(utility, layer=layer, position=spkv.position)
+        # Open gates add nothing, and attention without a gate costs less.
+        is_open = isinstance(gate, OpenGate)
+        log_gate = None if is_open else gate.log_gate(utility, layer=layer, position=spkv.position)
         segment_ids = spkv.segment_ids if spkv.valid is None else _padding_segments(spkv.valid, spkv.segment_ids)
         out = gated_attention(
             query,

@@ -36,6 +36,9 @@ def gated_attention(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """See `spkv.ops.attention.gated_attention`."""
+    # Dense in memory: the gate's gradient is summed by atomic additions, which get three times slower where the heads
+    # of a token lie side by side, as the predictor leaves them.
+    log_gate = None if log_gate is None else log_gate.contiguous()
     group = query.shape[1] // key.shape[1]
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -46,7 +49,8 @@ def gated_attention(
         return score
 
     block_mask = _causal_block_mask(query.shape[2], segment_ids, query.device)
-    return _flex(query, key, value, score_mod, block_mask, scale, sinks)
+    out, log_sum = _flex(query, key, value, score_mod, block_mask, scale)
+    return _with_sinks(out, log_sum, sinks)
 
 
 def pruned_prefill(
@@ -67,16 +71,16 @@ def pruned_prefill(
     Keys are [far | near]: `far` the kept pairs of each head, compacted and in order, that queries see once they are
     past the window; `near` the recent pairs, that queries see within it.
     """
-    options = dict(window=window, scale=scale, softcap=softcap, sinks=sinks)
+    options: dict[str, Any] = dict(window=window, scale=scale, softcap=softcap, sinks=sinks)
     ring_lengths = [] if past is None else past.seen.clamp_max(window).tolist()
     if valid is None and len(set(ring_lengths)) <= 1:
         return _prefill(query, key, value, keep, past, range(query.shape[0]), **options)
     out = torch.zeros_like(query)
     for b in range(query.shape[0]):
         columns = reference.valid_columns(valid, b, query.shape[2], query.device)
-        chunk = (tensor[b, :, columns].unsqueeze(0) for tensor in (query, key, value, keep))
         if isinstance(columns, slice) or columns.numel():
-            out[b, :, columns] = _prefill(*chunk, past, range(b, b + 1), **options)[0]
+            q, k, v, bits = (tensor[b, :, columns].unsqueeze(0) for tensor in (query, key, value, keep))
+            out[b, :, columns] = _prefill(q, k, v, bits, past, range(b, b + 1), **options)[0]
     return out
 
 
@@ -98,7 +102,9 @@ def _prefill(
     Hkv, group = key.shape[1], H // key.shape[1]
     recent = [reference.recent_pairs(past, b, key[i], value[i], keep[i]) for i, b in enumerate(sequences)]
     ring_length = recent[0][3]
-    near_key, near_value, near_keep = (torch.stack([r[part] for r in recent]) for part in range(3))
+    near_key, near_value, near_keep = (
+        torch.stack(part) for part in ([r[0] for r in recent], [r[1] for r in recent], [r[2] for r in recent])
+    )
 
     far_key, far_value, far_position = [], [], []
     for i, b in enumerate(sequences):
@@ -126,7 +132,8 @@ def _prefill(
         return near | (padded_position[b, h, k] <= q + offset - window)
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return score if softcap is None else softcap * torch.tanh(score / softcap)
+        assert softcap is not None
+        return softcap * torch.tanh(score / softcap)
 
     first = torch.arange(0, T, _BLOCK, device=query.device) + ring_length  # recent index of each query block's first
     last = (first + _BLOCK - 1).clamp_max(ring_length + T - 1)
@@ -142,28 +149,36 @@ def _prefill(
         mask_mod=mask_mod,
         lengths=(T, keys.shape[2]),
     )
-    return _flex(query, keys, values, score_mod, block_mask, scale, sinks)
+    out, log_sum = _flex(query, keys, values, score_mod if softcap is not None else None, block_mask, scale)
+    return _with_sinks(out, log_sum, sinks)
 
 
 def _flex(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    score_mod: Callable[..., Tensor],
+    score_mod: Callable[..., Tensor] | None,
     block_mask: BlockMask,
     scale: float,
-    sinks: Tensor | None,
-) -> Tensor:
-    run = _compiled_flex_attention()
-    options: dict[str, Any] = dict(
-        score_mod=score_mod, block_mask=block_mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+) -> tuple[Tensor, Tensor]:
+    """Run FlexAttention; returns the output [B, H, T, D] and the log-sums [B, H, T] of its softmax, float32."""
+    return _compiled_flex_attention()(
+        query,
+        key,
+        value,
+        score_mod=score_mod,
+        block_mask=block_mask,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+        return_lse=True,
     )
+
+
+def _with_sinks(out: Tensor, log_sum: Tensor, sinks: Tensor | None) -> Tensor:
+    """A sink adds exp(sink) to the softmax's denominator and nothing to its numerator."""
     if sinks is None:
-        return run(query, key, value, **options)
-    out, log_sum = run(query, key, value, return_lse=True, **options)
-    # A sink adds exp(sink) to the softmax's denominator and nothing to its numerator.
-    share = torch.sigmoid(log_sum - sinks.to(log_sum.dtype)[:, None])
-    return out * share.unsqueeze(-1).to(out.dtype)
+        return out
+    return out * torch.sigmoid(log_sum - sinks.to(log_sum.dtype)[:, None]).unsqueeze(-1).to(out.dtype)
 
 
 @functools.cache
@@ -172,11 +187,11 @@ def _compiled_flex_attention() -> Callable[..., Any]:
 
 
 def _causal_block_mask(tokens: int, segment_ids: Tensor | None, device: torch.device) -> BlockMask:
-    """Causal, within segments. Segment ids need not be sorted; blocks are told apart by their range of ids."""
+    """Causal, within segments. Segment ids need not be sorted: blocks are told apart by their range of ids."""
     blocks = -(-tokens // _BLOCK)
     index = torch.arange(blocks, device=device)
-    some = (index[:, None] >= index).expand(1, 1, -1, -1)
-    full = (index[:, None] > index).expand(1, 1, -1, -1)
+    some = (index[:, None] >= index)[None, None]
+    full = (index[:, None] > index)[None, None]
     if segment_ids is None:
         return _block_mask(some & ~full, full, lambda b, h, q, k: q >= k, (tokens, tokens))
 
@@ -198,7 +213,8 @@ def _block_mask(partial: Tensor, full: Tensor, mask_mod: Callable[..., Tensor], 
 
     def ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
         # A stable sort puts the visible blocks first, in order.
-        return blocks.sum(-1, dtype=torch.int32), blocks.to(torch.int8).argsort(-1, descending=True, stable=True).int()
+        order = blocks.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices
+        return blocks.sum(-1, dtype=torch.int32), order.to(torch.int32)
 
     return BlockMask.from_kv_blocks(
         *ordered(partial), *ordered(full), BLOCK_SIZE=_BLOCK, mask_mod=mask_mod, seq_lengths=lengths

@@ -1,0 +1,328 @@
+"""The commands. Everything heavy is imported by the one that runs, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spkv.cli.console import (
+    emit,
+    print_demo,
+    print_evaluation,
+    print_generation,
+    print_values,
+    quiet_stdout,
+    working,
+)
+from spkv.cli.models import DTYPES, device_called, dtype_called, opened, tokenizer_and_config
+
+# A library's TypeError is as likely a user's mistake as a fault of ours; this shows where it came from.
+TRACEBACK = "SPKV_TRACEBACK"
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # \b keeps the lines of an example apart
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    help="A KV cache that prunes itself, for any Hugging Face causal language model.",
+    epilog=f"Set {TRACEBACK}=1 to see where an error came from.",
+)
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help='A directory, a hub name, or "smollm2" with its shipped adapter.')
+]
+Adapter = Annotated[Path | None, typer.Option(metavar="DIR", help="Adapter made by `spkv adapt --lora-rank`.")]
+Threshold = Annotated[
+    float | None, typer.Option(help="Keep pairs with at least this utility, in (0, 1); default: the stored one.")
+]
+Data = Annotated[
+    list[Path], typer.Option("--data", metavar="FILE...", help="Text or JSON lines, also .xz, .gz or .bz2; repeatable.")
+]
+# So that `--data a.txt b.txt` and `--data *.txt` work, which click alone would not take.
+MoreData = Annotated[list[Path] | None, typer.Argument(metavar="FILE", hidden=True)]
+Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; default: a GPU if there is one.")]
+Dtype = Annotated[
+    str | None, typer.Option(help=f"Of weights and cache: {', '.join(DTYPES)}; default: the checkpoint's.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        from spkv import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    text: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: the Python reference.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of it to read.")] = 8000,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of each continuation.")] = 64,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="For the pictures.")] = Path("spkv-demo"),
+    adapter: Annotated[Path | None, typer.Option(metavar="DIR", help="Default: the shipped one.")] = None,
+    device: Device = "cpu",
+    dtype: Annotated[str, typer.Option(help=f"Of weights and cache: {', '.join(DTYPES)}.")] = "float32",
+    as_json: Json = False,
+) -> None:
+    """Compare dense and self-pruned SmolLM2 on a real text.
+
+    The model as published reads and continues it, then the same model with its adapter. Takes some minutes on a CPU.
+
+    \b
+    Example:
+      spkv demo --text my-notes.txt --output pictures
+    """
+    with working() as progress:
+        from spkv.demo import demo as run_demo
+
+        result = run_demo(
+            adapter=adapter,
+            text=text,
+            tokens=tokens,
+            max_new_tokens=max_new_tokens,
+            output=output,
+            dtype=dtype_called(dtype),
+            device=device_called(device),
+            progress=progress,
+        )
+    emit(result, as_json, print_demo)
+
+
+@app.command()
+def generate(
+    model: Model,
+    adapter: Adapter = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="The text to continue.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(metavar="FILE", help="A file that holds it.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put it in the model's chat template as a question.")] = False,
+    threshold: Threshold = None,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="The model's own attention and cache; of the base, if it has no adapter.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to make at most.")] = 128,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt, and measure cache and speed.
+
+    Greedy. With --dense, "smollm2" runs as published, and so does a plain model; a self-pruned model, or one given with
+    --adapter, runs its adapted weights with all pairs.
+
+    \b
+    Example:
+      spkv generate smollm2 --prompt "Once upon a time" --max-new-tokens 64
+    """
+    from spkv.config import check_threshold
+    from spkv.text import read_document
+
+    if threshold is not None:
+        check_threshold(threshold)
+        if dense:
+            raise ValueError("--dense keeps every pair: it cannot be combined with --threshold")
+    if (prompt is None) == (prompt_file is None):
+        raise ValueError("give the prompt with one of --prompt TEXT and --prompt-file FILE")
+    content = read_document(prompt_file) if prompt_file is not None else prompt or ""
+    if not content.strip():
+        raise ValueError("the prompt is empty")
+    with working() as progress:
+        from spkv.hf.generation import check_length, encode_prompt
+        from spkv.hf.generation import generate as run_generate
+
+        tokenizer, config = tokenizer_and_config(model)
+        prompt_ids = encode_prompt(tokenizer, content, chat=chat)
+        check_length(config, prompt_ids.shape[1], max_new_tokens)
+        with opened(model, adapter, device, dtype, threshold, dense) as loaded:
+            result = run_generate(
+                loaded,
+                tokenizer,
+                prompt_ids,
+                max_new_tokens=max_new_tokens,
+                progress=lambda done: progress("generating", done, max_new_tokens),
+            ).to_dict()
+    emit(result, as_json, partial(print_generation, label="dense" if dense else "self-pruned"))
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    data: Data,
+    more_data: MoreData = None,
+    adapter: Adapter = None,
+    task: Annotated[str, typer.Option(help="What to measure: nll.")] = "nll",
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 4096,
+    thresholds: Annotated[str, typer.Option(help="Of policy spkv, with commas between.")] = "0.5",
+    policies: Annotated[str, typer.Option(help="Rows of the result.")] = "dense,spkv,streaming,random",
+    limit: Annotated[
+        int | None, typer.Option(help="Sequences at most, spread evenly over the data; default: all.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences read at once.")] = 1,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Measure loss and density of held-out text.
+
+    A row a policy: dense; spkv at each threshold; streaming, 4 sinks and the window; random, at the density of spkv
+    at the stored threshold (at the middle one, if that is not among --thresholds).
+
+    \b
+    Example:
+      spkv eval smollm2 --task nll --data valid.jsonl --sequence-length 4096 --thresholds 0.3,0.5,0.7
+    """
+    with working() as progress:
+        import spkv
+        from spkv.evals import TASKS, cut_sequences, evaluate_nll, make_policies
+        from spkv.hf.generation import check_length
+
+        if task not in TASKS:
+            raise ValueError(f"unknown task {task!r}; known are {', '.join(TASKS)}")
+        names, values = policies.split(","), _numbers("--thresholds", thresholds)
+        make_policies(names, values)  # mistakes in them should show before the model is loaded
+        tokenizer, config = tokenizer_and_config(model)
+        check_length(config, sequence_length)
+        sequences = cut_sequences(
+            [*data, *(more_data or [])], tokenizer, sequence_length, limit=limit, progress=progress
+        )
+        with opened(model, adapter, device, dtype) as loaded:
+            stored = spkv.attachment(loaded).config.threshold
+            rows = evaluate_nll(
+                loaded,
+                sequences,
+                make_policies(names, values, stored_threshold=stored),
+                batch_size=batch_size,
+                progress=progress,
+            )
+    emit(rows, as_json, partial(print_evaluation, sequence_length=sequence_length))
+
+
+@app.command()
+def inspect(
+    model: Model,
+    text: Annotated[Path, typer.Option(metavar="FILE", help="The text to read; of several documents the first.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="For density.png, tokens.html and densities.json.")],
+    adapter: Adapter = None,
+    threshold: Threshold = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens of it to read; default: all.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Draw what each layer and head keeps of a text.
+
+    Writes a heat map, a page with every token shaded by how many heads keep it, and the numbers.
+
+    \b
+    Example:
+      spkv inspect smollm2 --text chapter.txt --output pictures
+    """
+    from spkv.text import read_document
+
+    content = read_document(text)
+    with working() as progress:
+        import spkv
+        from spkv.hf.generation import check_length
+        from spkv.inspect.densities import encode_pieces, text_densities, write_report
+
+        tokenizer, config = tokenizer_and_config(model)
+        input_ids, pieces = encode_pieces(tokenizer, content, tokens)
+        check_length(config, len(pieces))
+        with opened(model, adapter, device, dtype, threshold) as loaded:
+            densities = text_densities(loaded, input_ids, progress=lambda done: progress("reading", done, len(pieces)))
+            facts = {
+                "model": Path(model).absolute().name,
+                "text": text.name,
+                "threshold": spkv.attachment(loaded).threshold,
+            }
+        title = f"{facts['model']} on {facts['text']}, threshold {facts['threshold']:g}"
+        paths = write_report(densities, pieces, output, title=title, facts=facts)
+    result = {
+        **facts,
+        "tokens": densities.tokens,
+        "window": densities.window,
+        "density": densities.density(),
+        "kept_fraction": densities.kept_fraction(),
+        **paths,
+    }
+    emit(result, as_json, print_values)
+
+
+@app.command()
+def adapt(
+    model: Model,
+    data: Data,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="For the result, logs and checkpoints.")],
+    more_data: MoreData = None,
+    recipe: Annotated[
+        str, typer.Option(help="paper (long), fast (minutes), fast-lora (an adapter) or dense-control.")
+    ] = "fast",
+    target_density: Annotated[float | None, typer.Option(help="Where the density should end, in (0, 1).")] = None,
+    lora_rank: Annotated[
+        int | None, typer.Option(help="Train LoRA of this rank and save an adapter; default: the recipe's.")
+    ] = None,
+    predictor_width: Annotated[
+        int | None, typer.Option(help="Of the predictor's hidden layer; default: the model's hidden size.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Training tokens; default: the recipe's.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens of a row; default: the recipe's.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="The model's, at its peak.")] = None,
+    validation: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Held-out text to evaluate; repeatable.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows that a process computes at once.")] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the predictor's start and the order of the data.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Train a model to prune its own cache.
+
+    Under torchrun or accelerate launch it uses all their processes.
+
+    \b
+    Example:
+      spkv adapt my-model --data books.jsonl.xz --output my-model-spkv --validation held-out.jsonl
+      torchrun --nproc-per-node 8 -m spkv.cli adapt my-model --data books.jsonl.xz --output my-model-spkv
+    """
+    with quiet_stdout():
+        from spkv.training import adapt as run_adapt
+        from spkv.training import get_recipe
+
+        given = {
+            "target_density": target_density,
+            "lora_rank": lora_rank,
+            "predictor_width": predictor_width,
+            "tokens": tokens,
+            "sequence_length": sequence_length,
+            "learning_rate": learning_rate,
+        }
+        summary = run_adapt(
+            model,
+            [*data, *(more_data or [])],
+            output,
+            get_recipe(recipe, **{name: value for name, value in given.items() if value is not None}),
+            validation=validation,
+            batch_size=batch_size,
+            gradient_checkpointing=gradient_checkpointing,
+            resume=resume,
+            seed=seed,
+        )
+    if os.environ.get("RANK", "0") == "0":  # the other processes know no more
+        emit(summary, as_json, print_values)
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} takes numbers with commas between, such as 0.3,0.5, not {text!r}") from None

@@ -1,0 +1,74 @@
+"""From a command's options to the model that it runs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def tokenizer_and_config(model: str) -> tuple[Any, Any]:
+    """Load what is needed to check a text before the weights are."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from spkv.checkpoint import resolve_model
+
+    path = resolve_model(model)
+    looks_like_path = path.startswith((".", "/")) or path.count("/") > 1 or path.endswith("/")
+    if looks_like_path and not Path(path).is_dir():
+        raise FileNotFoundError(f"no such model directory: {path}")
+    return AutoTokenizer.from_pretrained(path), AutoConfig.from_pretrained(path)
+
+
+@contextlib.contextmanager
+def opened(
+    model: str,
+    adapter: Path | None,
+    device: str | None,
+    dtype: str | None,
+    threshold: float | None = None,
+    dense: bool = False,
+) -> Iterator[PreTrainedModel]:
+    """The model to run; inside this context it is dense if asked for."""
+    import spkv
+    from spkv.checkpoint import load_base
+    from spkv.config import CONFIG_FILE
+
+    place, kind = device_called(device), dtype_called(dtype)
+    if dense and adapter is None and not (Path(model) / CONFIG_FILE).is_file():
+        yield load_base(model, dtype=kind).to(place).eval()  # type: ignore[arg-type]
+        return
+    loaded = spkv.load(model, adapter=adapter, dtype=kind, device=place, threshold=threshold)
+    with spkv.dense(loaded) if dense else contextlib.nullcontext():
+        yield loaded
+
+
+def device_called(name: str | None) -> torch.device:
+    """The device to use: the one called `name`, or a GPU if there is one."""
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {name!r}; give one such as cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"there is no device {name!r}: torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def dtype_called(name: str | None) -> torch.dtype | None:
+    """The dtype called `name`, or None for the checkpoint's own."""
+    import torch
+
+    if name is not None and name not in DTYPES:
+        raise ValueError(f"unknown dtype {name!r}; known are {', '.join(DTYPES)}")
+    return None if name is None else getattr(torch, name)

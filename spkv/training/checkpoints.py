@@ -1,0 +1,57 @@
+"""What a checkpoint holds beside what transformers puts there: the run's own state, and sharded predictors."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+
+from spkv.training.parameters import PREDICTOR_PART
+
+STATE_FILE = "spkv_training.json"
+"""Written last into a checkpoint: one that lacks it is incomplete."""
+
+_SHARDED_FILE = "sharded_predictor.safetensors"
+
+
+def last_checkpoint(directory: str | os.PathLike[str]) -> str | None:
+    """Return the latest complete checkpoint in a directory, or None."""
+    steps = [
+        int(path.parent.name.removeprefix("checkpoint-")) for path in Path(directory).glob(f"checkpoint-*/{STATE_FILE}")
+    ]
+    return str(Path(directory, f"checkpoint-{max(steps)}")) if steps else None
+
+
+def check_same_recipe(stored: dict[str, Any], wanted: dict[str, Any], path: str) -> None:
+    """Raise a ValueError that names the differences if a checkpoint was made by another recipe."""
+    changed = sorted(key for key in {*stored, *wanted} if stored.get(key) != wanted.get(key))
+    if changed:
+        differences = ", ".join(f"{key}: {stored.get(key)!r} there, {wanted.get(key)!r} now" for key in changed)
+        raise ValueError(f"{path} was made by another recipe ({differences}); use that one, or another output")
+
+
+def save_sharded_predictors(model: nn.Module, directory: Path, write: bool) -> None:
+    """Gather the predictors of an FSDP model and, where `write` is set, store them. To be called by all processes.
+
+    With LoRA, what transformers stores of a sharded model is the LoRA weights alone.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    weights: dict[str, Any] = get_model_state_dict(model, options=options)
+    if write:
+        kept = {name: weight.contiguous() for name, weight in weights.items() if PREDICTOR_PART in name}
+        save_file(kept, directory / _SHARDED_FILE)
+
+
+def load_sharded_predictors(model: nn.Module, directory: Path) -> None:
+    """Spread stored predictors over the processes. To be called by all of them.
+
+    Raises:
+        FileNotFoundError: if the directory holds none.
+    """
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    weights: dict[str, Any] = load_file(directory / _SHARDED_FILE)
+    set_model_state_dict(model, weights, options=options)

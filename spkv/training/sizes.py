@@ -1,0 +1,76 @@
+"""Sizes that have to fit: of a batch, a step, a row, a vocabulary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from spkv.hf.families import find_decoder
+from spkv.training.recipes import Recipe
+
+
+def accumulation_steps(recipe: Recipe, batch_size: int, processes: int) -> int:
+    """Return the micro-batches of a step: tokens_per_step / (batch_size * processes * sequence_length).
+
+    Raises:
+        ValueError: if that is no whole number, naming sizes that are allowed.
+    """
+    part = batch_size * processes * recipe.sequence_length
+    if recipe.tokens_per_step % part:
+        allowed = allowed_batch_sizes(recipe, processes)
+        hint = (
+            f"batch_size may be {', '.join(map(str, allowed))}"
+            if allowed
+            else "change tokens_per_step or sequence_length"
+        )
+        raise ValueError(
+            f"tokens_per_step {recipe.tokens_per_step} is no multiple of batch_size {batch_size} * {processes} "
+            f"processes * sequence_length {recipe.sequence_length} = {part}; {hint}"
+        )
+    return recipe.tokens_per_step // part
+
+
+def allowed_batch_sizes(recipe: Recipe, processes: int) -> list[int]:
+    """Return the rows that a process may take at once, from 1 to all of its share of a step."""
+    share, rest = divmod(recipe.tokens_per_step, processes * recipe.sequence_length)
+    return [] if rest else [size for size in range(1, share + 1) if share % size == 0]
+
+
+def default_batch_size(model: nn.Module, recipe: Recipe, processes: int, gradient_checkpointing: bool) -> int:
+    """Return the most rows that a process should be able to compute at once: by an estimate on a GPU, 1 on a CPU.
+
+    Per token, training holds logits (in bfloat16, float32, and their gradient) and each layer's activations. The
+    factors fit what SmolLM2 took on an H100: 1.6 MB a token.
+    """
+    allowed = allowed_batch_sizes(recipe, processes) or [1]
+    if not torch.cuda.is_available():
+        return 1
+    config = find_decoder(model).config
+    layer = (
+        2 * config.hidden_size if gradient_checkpointing else 24 * config.hidden_size + 10 * config.intermediate_size
+    )
+    per_row = recipe.sequence_length * (16 * config.vocab_size + config.num_hidden_layers * layer)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    free = torch.cuda.mem_get_info()[0] - 4 * total - 12 * trained  # weights; gradients and AdamW's two moments
+    return max([size for size in allowed if size * per_row <= 0.8 * free], default=1)
+
+
+def base_parameters(model: nn.Module) -> int:
+    """Return the number of parameters of the model that an attachment, and LoRA, were added to."""
+    added = (".utility_predictor.", ".lora_")
+    return sum(p.numel() for name, p in model.named_parameters() if not any(part in name for part in added))
+
+
+def check_sizes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+    """Raise a ValueError if rows are longer than the model's positions, or tokens beyond its embedding."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and recipe.sequence_length > positions:
+        raise ValueError(f"sequence_length {recipe.sequence_length} is beyond the model's {positions} positions")
+    embedding: Any = model.get_input_embeddings()
+    embedded = embedding.weight.shape[0]
+    if len(tokenizer) > embedded:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, but the model embeds only {embedded}")

@@ -1,0 +1,321 @@
+"""The command line: what it prints, and where."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import spkv
+from spkv.cli import main
+from spkv.cli.console import format_kept_fraction
+from spkv.hf.generation import generate
+
+COMMANDS = ("demo", "generate", "eval", "inspect", "adapt")
+PROMPT = "A prompt that is longer than the window of sixteen tokens."
+GENERATION = {
+    "text": str,
+    "prompt_tokens": int,
+    "new_tokens": int,
+    "density": float,
+    "kept_fraction": float,
+    "kv_bytes": int,
+    "dense_kv_bytes": int,
+    "prefill_seconds": float,
+    "decode_tokens_per_second": float,
+}
+
+needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]):
+    """Runs a command line and returns stdout, stderr and exit code."""
+
+    def call(*arguments: object) -> tuple[str, str, int]:
+        with pytest.raises(SystemExit) as exit_:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return captured.out, captured.err, exit_.value.code or 0
+
+    return call
+
+
+@pytest.fixture
+def run_json(run):
+    """Runs a command with --json, which must print that and nothing else to stdout."""
+
+    def call(*arguments: object):
+        out, err, code = run(*arguments, "--json")
+        assert code == 0, err
+        return json.loads(out)
+
+    return call
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example(run, command):
+    out, _, code = run(command, "--help")
+    assert code == 0
+    assert f"Example:\n    spkv {command} " in out
+    assert "--json" in out
+
+
+def test_help_names_every_recipe(run):
+    from spkv.training import RECIPES
+
+    out = run("adapt", "--help")[0]
+    assert [name for name in RECIPES if name not in out] == []
+
+
+def test_help_names_every_command_and_is_quick():
+    code = (
+        "import sys; from spkv.cli import main\n"
+        "try: main(['--help'])\n"
+        "finally: print(sorted({'torch', 'transformers', 'rich.table', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert all(f"\n  {command} " in done.stdout for command in COMMANDS)
+    assert done.stdout.endswith("[]\n")
+
+
+def test_version(run):
+    assert run("--version")[0] == f"{spkv.__version__}\n"
+
+
+def test_generate_prints_what_the_library_measures(run_json, base, adapter):
+    result = run_json("generate", base, "--adapter", adapter, "--prompt", PROMPT, "--max-new-tokens", 12)
+    assert {key: type(value) for key, value in result.items()} == GENERATION
+    assert list(result) == list(GENERATION)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    ids = torch.tensor([tokenizer(PROMPT).input_ids])
+    expected = generate(spkv.load(base, adapter=adapter), tokenizer, ids, max_new_tokens=12).to_dict()
+    timed = ("prefill_seconds", "decode_tokens_per_second")
+    assert {k: v for k, v in result.items() if k not in timed} == {k: v for k, v in expected.items() if k not in timed}
+    assert (result["prompt_tokens"], result["new_tokens"]) == (len(PROMPT), 12)
+    assert 0 < result["density"] < 1
+    assert result["density"] < result["kept_fraction"] < 1
+
+
+def test_generate_takes_a_whole_model_a_file_and_a_threshold(run_json, base, adapter, whole, tmp_path):
+    (tmp_path / "prompt.txt").write_text(PROMPT)
+    given = ("--prompt-file", tmp_path / "prompt.txt", "--max-new-tokens", 8)
+    parts, one = run_json("generate", base, "--adapter", adapter, *given), run_json("generate", whole, *given)
+    assert (parts["text"], parts["density"]) == (one["text"], one["density"])
+    strict = run_json("generate", whole, *given, "--threshold", 0.9)
+    assert strict["density"] < one["density"]
+
+
+def test_generate_dense_is_the_model_as_it_was(run_json, base, adapter, whole):
+    given = ("--prompt", PROMPT, "--max-new-tokens", 8, "--dense")
+    plain = run_json("generate", base, *given)
+    assert (plain["density"], plain["kept_fraction"]) == (1.0, 1.0)
+    held = 2 * 2 * (len(PROMPT) + 7) * 2 * 8 * 4  # layers, key and value, tokens, heads, head size, bytes
+    assert plain["kv_bytes"] == plain["dense_kv_bytes"] == held
+    # The adapter has no LoRA, so the base's weights are the adapted ones.
+    for model in ((base, "--adapter", adapter), (whole,)):
+        assert run_json("generate", *model, *given)["text"] == plain["text"]
+
+
+def test_generate_applies_the_chat_template(run_json, whole):
+    result = run_json("generate", whole, "--prompt", "Hi", "--chat", "--max-new-tokens", 1, "--dtype", "bfloat16")
+    assert result["prompt_tokens"] == len("[user] Hi[assistant]")
+    assert result["decode_tokens_per_second"] is None
+    assert result["dense_kv_bytes"] == 2 * 2 * 20 * 2 * 8 * 2
+
+
+def test_generate_for_people(run, whole):
+    out, _, code = run("generate", whole, "--prompt", PROMPT, "--max-new-tokens", 2)
+    assert code == 0
+    assert f"{len(PROMPT)} tokens of prompt, 2 new" in out
+    assert "×)" in out
+    assert format_kept_fraction(0.2083) == "0.21 (4.8×)"
+    assert format_kept_fraction(None) == "–"
+
+
+def test_eval_prints_a_row_a_policy(run_json, base, adapter, text_file, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text(text_file.read_text()[::-1])
+    rows = run_json(
+        "eval", base, "--adapter", adapter, "--task", "nll", "--data", text_file, other, "--sequence-length", 100,
+        "--thresholds", "0.3,0.5,0.7", "--batch-size", 3,
+    )  # fmt: skip
+    keys = ["policy", "threshold", "loss", "density", "kept_fraction", "sequences", "tokens"]
+    assert all(list(row) == keys for row in rows)
+    assert [(row["policy"], row["threshold"]) for row in rows] == [
+        ("dense", None), ("spkv", 0.3), ("spkv", 0.5), ("spkv", 0.7), ("streaming", None), ("random", None),
+    ]  # fmt: skip
+    assert {(row["sequences"], row["tokens"]) for row in rows} == {(8, 8 * 99)}
+    densities = [row["density"] for row in rows]
+    assert densities[0] == 1 > densities[1] > densities[2] > densities[3]
+    # Four standard deviations of the share of 84 positions in 4 heads.
+    assert densities[5] == pytest.approx(densities[2], abs=0.11)
+    few = run_json(
+        "eval", base, "--adapter", adapter, "--data", text_file, "--sequence-length", 100, "--policies", "dense",
+        "--limit", 1,
+    )  # fmt: skip
+    assert (few[0]["sequences"], len(few)) == (1, 1)
+
+
+def test_eval_for_people(run, whole, text_file):
+    out, err, code = run("eval", whole, "--data", text_file, "--sequence-length", 100, "--policies", "dense,spkv")
+    assert code == 0
+    assert "4 sequences of 100 tokens" in out
+    assert "against dense" in out
+    assert "evaluating" in err
+
+
+@needs_matplotlib
+def test_inspect_writes_three_files(run_json, run, whole, text_file, tmp_path):
+    given = ("inspect", whole, "--text", text_file, "--output", tmp_path / "out", "--tokens", 120, "--threshold", 0.4)
+    result = run_json(*given)
+    for kind in ("density_png", "token_page", "densities_json"):
+        assert Path(result.pop(kind)).is_file()
+    stored = json.loads((tmp_path / "out" / "densities.json").read_text())
+    assert result == {key: stored[key] for key in result}
+    assert (result["text"], result["tokens"], result["threshold"], result["window"]) == ("notes.txt", 120, 0.4, 16)
+    assert 0 < result["density"] < 1
+    assert "tokens.html" in run(*given)[0].replace("\n", "")
+
+
+def test_adapt_hands_its_options_on(run_json, monkeypatch, tmp_path):
+    calls = []
+
+    def fake(*arguments, **options):
+        print("a library's own words")
+        calls.append((arguments, options))
+        return {"steps": 3}
+
+    monkeypatch.setattr("spkv.training.adapt", fake)
+    result = run_json(
+        "adapt", "some-model", "--data", "a.txt", "b.jsonl", "--data", "c.txt", "--output", tmp_path, "--recipe",
+        "paper", "--lora-rank", 8, "--tokens", 5000, "--sequence-length", 64, "--learning-rate", 0.01,
+        "--validation", "d.txt", "--resume", "--seed", 7,
+    )  # fmt: skip
+    assert result == {"steps": 3}
+    (model, data, output, recipe), options = calls[0]
+    assert (model, sorted(map(str, data)), output) == ("some-model", ["a.txt", "b.jsonl", "c.txt"], tmp_path)
+    assert (recipe.name, recipe.lora_rank, recipe.tokens) == ("paper", 8, 5000)
+    assert (recipe.sequence_length, recipe.learning_rate, recipe.target_density) == (64, 0.01, None)
+    assert options == {
+        "validation": [Path("d.txt")],
+        "batch_size": None,
+        "gradient_checkpointing": False,
+        "resume": True,
+        "seed": 7,
+    }
+
+
+BAD = {
+    "no prompt": (["generate", "{whole}"], "give the prompt with one of --prompt TEXT and --prompt-file FILE"),
+    "two prompts": (
+        ["generate", "{whole}", "--prompt", "a", "--prompt-file", "b"],
+        "give the prompt with one of --prompt TEXT and --prompt-file FILE",
+    ),
+    "empty prompt": (["generate", "{whole}", "--prompt", " \n"], "the prompt is empty"),
+    "missing prompt file": (["generate", "{whole}", "--prompt-file", "absent"], "no such data file: absent"),
+    "threshold": (
+        ["generate", "{whole}", "--prompt", "a", "--threshold", "1.5"],
+        "threshold must lie strictly between 0 and 1, not 1.5",
+    ),
+    "dense with threshold": (
+        ["generate", "{whole}", "--prompt", "a", "--threshold", "0.5", "--dense"],
+        "--dense keeps every pair: it cannot be combined with --threshold",
+    ),
+    "long prompt": (
+        ["generate", "{whole}", "--prompt", "a" * 250, "--max-new-tokens", "7"],
+        "the text has 250 tokens and 7 new ones are asked for, but the model has 256 positions",
+    ),
+    "no new tokens": (
+        ["generate", "{whole}", "--prompt", "a", "--max-new-tokens", "0"],
+        "max_new_tokens must be at least 1, not 0",
+    ),
+    "missing model": (["generate", "./absent", "--prompt", "a"], "no such model directory: ./absent"),
+    "not adapted": (["generate", "{base}", "--prompt", "a"], "holds no spkv_config.json"),
+    "no adapter": (["generate", "{base}", "--adapter", "absent", "--prompt", "a"], "'absent' is no adapter"),
+    "device": (["generate", "{whole}", "--prompt", "a", "--device", "abacus"], "unknown device 'abacus'"),
+    "dtype": (
+        ["generate", "{whole}", "--prompt", "a", "--dtype", "int3"],
+        "unknown dtype 'int3'; known are float32, bfloat16, float16",
+    ),
+    "task": (["eval", "{whole}", "--data", "{text}", "--task", "ruler"], "unknown task 'ruler'; known are nll"),
+    "missing data": (
+        ["eval", "{whole}", "--data", "absent", "--sequence-length", "50"],
+        "no such data file: absent",
+    ),
+    "thresholds": (
+        ["eval", "{whole}", "--data", "{text}", "--thresholds", "0.3;0.5"],
+        "--thresholds takes numbers with commas between, such as 0.3,0.5, not '0.3;0.5'",
+    ),
+    "threshold of eval": (
+        ["eval", "{whole}", "--data", "{text}", "--thresholds", "0.3,0"],
+        "threshold must lie strictly between 0 and 1, not 0.0",
+    ),
+    "policy": (["eval", "{whole}", "--data", "{text}", "--policies", "h2o"], "unknown policies ['h2o']"),
+    "long sequences": (
+        ["eval", "{whole}", "--data", "{text}"],
+        "the text has 4,096 tokens, but the model has 256 positions",
+    ),
+    "short sequences": (
+        ["eval", "{whole}", "--data", "{text}", "--sequence-length", "16"],
+        "sequence_length must exceed the window of 16 tokens",
+    ),
+    "short documents": (
+        ["eval", "{whole}", "--data", "{short}", "--sequence-length", "200"],
+        "no document has 200 tokens (sequence_length); the longest has 6",
+    ),
+    "long text": (
+        ["inspect", "{whole}", "--text", "{text}", "--output", "out"],
+        "the text has 448 tokens, but the model has 256 positions",
+    ),
+    "recipe": (
+        ["adapt", "{base}", "--data", "{text}", "--output", "out", "--recipe", "slow"],
+        "unknown recipe 'slow'; known are paper, fast",
+    ),
+    "target density": (
+        ["adapt", "{base}", "--data", "{text}", "--output", "out", "--target-density", "2"],
+        "target_density must be strictly in (0, 1), not 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(run, monkeypatch, tmp_path, base, whole, text_file, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.txt").write_text("Short.")
+    places = {"{base}": base, "{whole}": whole, "{text}": text_file, "{short}": tmp_path / "short.txt"}
+    arguments, message = BAD[name]
+    out, err, code = run(*(places.get(argument, argument) for argument in arguments))
+    assert code == 2
+    assert out == ""
+    lines = [line for line in err.splitlines() if not line.startswith("tokenising")]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("spkv: error: ")
+    assert message in lines[0]
+
+
+def test_errors_can_be_traced(monkeypatch):
+    monkeypatch.setenv("SPKV_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        main(["generate", "x", "--prompt", ""])
+
+
+def test_faults_of_ours_are_not_hidden(monkeypatch):
+    def broken(*arguments, **options):
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr("spkv.cli.commands.tokenizer_and_config", broken)
+    with pytest.raises(RuntimeError, match="a fault"):
+        main(["generate", "x", "--prompt", "a"])
+
+
+def test_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "spkv.cli", "--version"], capture_output=True, text=True)
+    assert done.stdout == f"{spkv.__version__}\n"

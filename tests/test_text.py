@@ -1,0 +1,32 @@
+"""Reading single documents. (How files are read is tested with the training data, which come through the same code.)"""
+
+import json
+import lzma
+
+import pytest
+
+from spkv.text import read_document
+
+
+def test_the_first_document_that_is_not_blank(tmp_path):
+    plain = tmp_path / "notes.md"
+    plain.write_text("\n A text,\nas it is. \n")
+    assert read_document(plain) == "\n A text,\nas it is. \n"
+    lines = tmp_path / "many.jsonl.xz"
+    with lzma.open(lines, "wt") as stream:
+        stream.writelines(json.dumps({"text": text}) + "\n" for text in (" ", "first", "second"))
+    assert read_document(str(lines)) == "first"
+
+
+def test_bad_files_are_named(tmp_path):
+    (tmp_path / "blank.txt").write_text(" \n")
+    with pytest.raises(ValueError, match=r"blank\.txt holds no text"):
+        read_document(tmp_path / "blank.txt")
+    with pytest.raises(FileNotFoundError, match=r"no such data file: .*absent"):
+        read_document(tmp_path / "absent")
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"words": "none"}\n'.replace("fine", " "))
+    with pytest.raises(ValueError, match=r"bad\.jsonl, line 2 must be an object with a string `text`"):
+        read_document(tmp_path / "bad.jsonl")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8 text"):
+        read_document(tmp_path / "latin.txt")

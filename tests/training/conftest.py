@@ -1,0 +1,108 @@
+"""A tiny model and tokenizer on disk, and text for them."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from spkv.training.recipes import Recipe, get_recipe
+
+VOCABULARY = ["<|endoftext|>", "<unk>", *map(chr, range(32, 127)), "\n"]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character."""
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model_directory(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A random Llama of two layers, 4 query and 2 KV heads, as a checkpoint with its tokenizer."""
+    path = tmp_path_factory.mktemp("model")
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def make_documents(count: int, seed: int) -> list[str]:
+    """Documents of 20 to 400 characters, half of them a phrase that comes back."""
+    draw = random.Random(seed)
+    letters = "abcdefgh "
+    documents = []
+    for _ in range(count):
+        phrase = "".join(draw.choices(letters, k=12))
+        pieces = [phrase if draw.random() < 0.5 else "".join(draw.choices(letters, k=12)) for _ in range(30)]
+        documents.append("".join(pieces)[: draw.randint(20, 360)])
+    return documents
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 9,500 tokens as JSON lines."""
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in make_documents(50, 1)))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPKV_CACHE", str(tmp_path / "cache"))
+
+
+def small_recipe(name: str = "fast", **changes: object) -> Recipe:
+    """A dozen steps of four rows of 64 tokens: 6 soft, 3 annealed, 3 hard."""
+    small: dict[str, object] = dict(
+        steps=12,
+        sequence_length=64,
+        tokens_per_step=256,
+        window=8,
+        learning_rate=3e-3,
+        predictor_lr_multiplier=3.0,
+        soft_fraction=0.5,
+        anneal_steps=3,
+        warmup_fraction=0.2,
+    )
+    if name == "fast-lora":
+        small |= dict(lora_rank=4, lora_alpha=8)
+    return get_recipe(name, **{**small, **changes})
+
+
+@pytest.fixture(scope="session")
+def recipe_of() -> Callable[..., Recipe]:
+    return small_recipe
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    # Such small models gain nothing from threads, and wait for them on a busy machine.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import spkv
+from spkv.checkpoint import load_base
+from spkv.hf.attach import attach
+from spkv.predictor import UtilityPredictor
+from spkv.training import adapt
+from spkv.training.checkpoints import last_checkpoint
+from spkv.training.data import PackedRows, spread
+from spkv.training.parameters import prepare_parameters
+from spkv.training.schedule import DensityController
+from spkv.training.sizes import accumulation_steps, allowed_batch_sizes, base_parameters
+from spkv.training.tokens import tokenize_files
+from spkv.training.trainer import AdaptationTrainer
+
+
+@pytest.fixture
+def run(model_directory: Path, text_file: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    def run(recipe: Any, output: str = "out", **options: Any) -> dict[str, Any]:
+        options = dict(model=model_directory, data=[text_file], batch_size=2, log_every=1, progress=False) | options
+        return adapt(options.pop("model"), options.pop("data"), tmp_path / output, recipe, **options)
+
+    return run
+
+
+def stored(directory: Path) -> dict[str, Tensor]:
+    """All weights in a result directory."""
+    files = sorted(directory.glob("*.safetensors"))
+    return {f"{file.name}:{key}": value for file in files for key, value in load_file(file).items()}
+
+
+def entries(directory: Path) -> list[dict[str, float]]:
+    """The training log of a finished run, without what depends on the clock."""
+    history = json.loads((directory / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in history if "loss" in entry]
+
+
+@pytest.mark.parametrize("name", ["fast", "fast-lora"])
+def test_the_result_loads_and_scores_as_the_summary_says(
+    run, recipe_of, tmp_path, text_file, model_directory, tokenizer, name
+) -> None:
+    recipe = recipe_of(name, initial_bias=0.0, predictor_lr_multiplier=0.3)
+    summary = run(recipe, validation=[text_file], validation_tokens=300)
+    output = tmp_path / "out"
+    assert summary == json.loads((output / "summary.json").read_text())
+    assert not list(output.glob("checkpoint-*"))
+    assert 0.0 < summary["density"] < 1.0
+    assert summary["validation_loss"] < summary["base_validation_loss"]
+
+    model = spkv.load(output) if name == "fast" else spkv.load(model_directory, adapter=output)
+    assert spkv.attachment(model).config == recipe.config()
+    rows = spread(PackedRows(tokenize_files([text_file], tokenizer, progress=False), 64), 300)
+    losses, kept, left = [], 0, 0
+    for row in rows:
+        batch = {key: value[None] for key, value in row.items()}
+        with torch.no_grad(), spkv.attachment(model).record() as record:
+            losses += [float(model(**batch, use_cache=False).loss)] * int((row["labels"] != -100).sum())
+        for utility in record.utilities.values():
+            for s in range(64 - 8):
+                if row["segment_ids"][s + 8] == row["segment_ids"][s]:
+                    kept += int((utility[0, :, s] >= 0.5).sum())
+                    left += utility.shape[1]
+    assert summary["validation_tokens"] == len(losses)
+    assert summary["validation_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    assert summary["density"] == pytest.approx(kept / left, abs=2e-3)
+    AutoTokenizer.from_pretrained(output)
+
+
+def test_the_summary_is_complete(run, recipe_of, tmp_path, text_file) -> None:
+    summary = run(recipe_of(), validation=[text_file])
+    assert summary["recipe"] == recipe_of().to_dict()
+    assert (summary["steps"], summary["tokens"], summary["seed"]) == (12, 12 * 256, 0)
+    assert (summary["device"], summary["processes"], summary["data"]) == ("cpu", 1, ["train.jsonl"])
+    assert summary["versions"].keys() == {"spkv", "python", "torch", "transformers", "accelerate", "peft"}
+    assert [len(heads) for heads in summary["densities"].values()] == [2, 2]
+    assert summary["train_loss"] == entries(tmp_path / "out")[-1]["loss"]
+    assert summary["tokens_per_second"] == pytest.approx(summary["tokens"] / summary["seconds"])
+    trained_to = json.loads((tmp_path / "out" / "spkv_config.json").read_text())["training"]
+    assert trained_to["density"] == summary["density"]
+
+
+def test_the_control_is_an_ordinary_model(run, recipe_of, tmp_path) -> None:
+    summary = run(recipe_of("dense-control"))
+    assert "density" not in summary
+    output = tmp_path / "out"
+    assert not (output / "spkv_config.json").exists()
+    assert not any("utility_predictor" in key for key in stored(output))
+    AutoModelForCausalLM.from_pretrained(output)
+
+
+@pytest.fixture
+def run_until(run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Runs as `run` does, and breaks off when the step `at` is done."""
+    finish = AdaptationTrainer.finish_step
+
+    def run_until(at: int, *args: Any, **options: Any) -> None:
+        def stop(self: AdaptationTrainer, step: int) -> None:
+            finish(self, step)
+            if step == at:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(AdaptationTrainer, "finish_step", stop)
+            with pytest.raises(KeyboardInterrupt):
+                run(*args, **options)
+
+    return run_until
+
+
+@pytest.mark.parametrize("name", ["fast", "fast-lora"])
+@pytest.mark.parametrize("at", [7, 12])
+def test_a_resumed_run_is_exact(run, run_until, recipe_of, tmp_path, monkeypatch, name, at) -> None:
+    # Three looks in nine soft steps, so that the checkpoint at step 5 lies between two of them.
+    monkeypatch.setattr(DensityController, "UPDATES", 3)
+    recipe = recipe_of(name, steps=15, soft_fraction=0.6, target_density=0.4)
+    options = dict(save_every=5, batch_size=2)
+    run(recipe, "through", **options)
+    run_until(at, recipe, "broken", **options)
+    with pytest.raises(FileExistsError, match="resume it"):
+        run(recipe, "broken", **options)
+    assert last_checkpoint(tmp_path / "broken").endswith(f"checkpoint-{at // 5 * 5}")
+    run(recipe, "broken", resume=True, **options)
+
+    expected, actual = stored(tmp_path / "through"), stored(tmp_path / "broken")
+    assert expected.keys() == actual.keys()
+    assert len(expected) > 8
+    for key in expected:
+        assert torch.equal(expected[key], actual[key]), key
+    assert entries(tmp_path / "broken") == entries(tmp_path / "through")
+
+
+def test_an_incomplete_checkpoint_is_passed_over(run, run_until, recipe_of, tmp_path) -> None:
+    recipe = recipe_of()
+    run(recipe, "through", save_every=4)
+    run_until(9, recipe, "broken", save_every=4)
+    (tmp_path / "broken" / "checkpoint-8" / "spkv_training.json").unlink()
+    assert last_checkpoint(tmp_path / "broken").endswith("checkpoint-4")
+    run(recipe, "broken", save_every=4, resume=True)
+    expected, actual = stored(tmp_path / "through"), stored(tmp_path / "broken")
+    assert all(torch.equal(expected[key], actual[key]) for key in expected)
+
+
+def test_another_recipe_cannot_go_on(run, run_until, recipe_of) -> None:
+    run_until(9, recipe_of(), save_every=4)
+    with pytest.raises(ValueError, match=r"regulariser: 0.015 there, 0.1 now"):
+        run(recipe_of(regulariser=0.1), resume=True)
+
+
+def test_a_finished_run_is_not_run_again(run, recipe_of) -> None:
+    summary = run(recipe_of(steps=2), resume=True)  # nothing to resume: from the start
+    assert run(recipe_of(steps=2), resume=True) == summary
+    with pytest.raises(FileExistsError, match="finished run"):
+        run(recipe_of(steps=2))
+
+
+def test_the_seed_decides(run, recipe_of, tmp_path) -> None:
+    for output, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(recipe_of(steps=2), output, seed=seed)
+    a, b, c = (stored(tmp_path / name) for name in "abc")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not all(torch.equal(a[key], c[key]) for key in a)
+
+
+def test_checkpoints_can_be_kept_and_loaded(run, recipe_of, tmp_path) -> None:
+    run(recipe_of(steps=4), keep_checkpoints=True, save_every=2)
+    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    last, result = stored(tmp_path / "out" / "checkpoint-4"), stored(tmp_path / "out")
+    assert all(torch.equal(last[key], result[key]) for key in result)
+    assert spkv.attachment(spkv.load(tmp_path / "out" / "checkpoint-2")).threshold == 0.5
+
+
+@pytest.mark.parametrize("name", ["fast", "fast-lora"])
+def test_gradient_checkpointing_computes_again_what_it_did(run, recipe_of, tmp_path, monkeypatch, name) -> None:
+    passes = []
+    forward = UtilityPredictor.forward
+    monkeypatch.setattr(UtilityPredictor, "forward", lambda self, x: passes.append(1) or forward(self, x))
+    counts = []
+    for output, recompute in (("a", False), ("b", True)):
+        passes.clear()
+        run(recipe_of(name, steps=8), output, gradient_checkpointing=recompute)
+        counts.append(len(passes))
+    assert counts[1] == 2 * counts[0]
+    a, b = stored(tmp_path / "a"), stored(tmp_path / "b")
+    for key in a:
+        assert torch.allclose(a[key], b[key], rtol=1e-2 if name == "fast-lora" else 1e-4, atol=1e-6), key
+
+
+def test_sizes_that_do_not_fit(run, recipe_of, tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"batch_size may be 1, 2, 4"):
+        run(recipe_of(), batch_size=3)
+    with pytest.raises(ValueError, match=r"beyond the model's 256 positions"):
+        run(recipe_of(sequence_length=512, tokens_per_step=512), batch_size=1)
+    (tmp_path / "short.txt").write_text("short")
+    with pytest.raises(ValueError, match="fewer than one row"):
+        run(recipe_of(), data=[tmp_path / "short.txt"])
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.txt"):
+        run(recipe_of(), data=[tmp_path / "nowhere.txt"])
+    with pytest.raises(ValueError, match="no data files"):
+        run(recipe_of(), data=[])
+    assert not (tmp_path / "out").exists()
+
+
+def test_accumulation(recipe_of) -> None:
+    recipe = recipe_of(sequence_length=64, tokens_per_step=64 * 24)
+    assert allowed_batch_sizes(recipe, 2) == [1, 2, 3, 4, 6, 12]
+    assert [accumulation_steps(recipe, size, 2) for size in (1, 4, 12)] == [12, 3, 1]
+    with pytest.raises(ValueError, match="change tokens_per_step"):
+        accumulation_steps(recipe_of(tokens_per_step=100), 1, 1)
+
+
+def test_a_budget_per_parameter_counts_the_base_model_alone(model_directory, recipe_of) -> None:
+    expected = load_base(model_directory).num_parameters()
+    for name in ("fast", "fast-lora"):
+        recipe = recipe_of(name)
+        model = prepare_parameters(attach(load_base(model_directory), recipe.config()), recipe)
+        assert base_parameters(model) == expected

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from spkv.training import adapt
+
+# What `torchrun` runs, in every process.
+SCRIPT = """
+import json, sys
+from spkv.training import Recipe, adapt
+options = json.loads(sys.argv[1])
+adapt(recipe=Recipe(**options.pop("recipe")), **options)
+"""
+
+
+@pytest.mark.parametrize("name", ["fast", "fast-lora"])
+def test_two_processes_compute_what_one_does(
+    model_directory: Path, text_file: Path, tmp_path: Path, recipe_of, name: str
+) -> None:
+    recipe = recipe_of(name, target_density=0.5)
+    options = dict(
+        model=str(model_directory), data=[str(text_file)], validation=[str(text_file)], validation_tokens=200
+    )
+    options |= dict(log_every=1, progress=False)
+    one = adapt(output=tmp_path / "one", recipe=recipe, batch_size=4, **options)
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT)
+    options |= dict(output=str(tmp_path / "two"), recipe=recipe.to_dict(), batch_size=1)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    root = str(Path(__file__).parents[2])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([root, *sys.path])}
+    done = subprocess.run(
+        [*command, str(script), json.dumps(options)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+    two = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert two["validation_tokens"] == one["validation_tokens"]
+    for key in ("base_validation_loss", "validation_loss"):
+        assert two[key] == pytest.approx(one[key], rel=1e-5)
+    assert two["density"] == pytest.approx(one["density"], abs=5e-3)
+    one_log, two_log = (
+        [e for e in json.loads((tmp_path / run / "trainer_state.json").read_text())["log_history"] if "loss" in e]
+        for run in ("one", "two")
+    )
+    assert len(one_log) == recipe.steps
+    for ours, theirs in zip(one_log, two_log, strict=True):
+        for key in ("loss", "mean_utility", "lambda", "grad_norm"):
+            assert theirs[key] == pytest.approx(ours[key], rel=1e-4), (ours["step"], key)
+    for file in (tmp_path / "one").glob("*.safetensors"):
+        other = load_file(tmp_path / "two" / file.name)
+        for key, value in load_file(file).items():
+            assert torch.allclose(value, other[key], rtol=1e-3, atol=1e-5), key

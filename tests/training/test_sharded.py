@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from spkv.checkpoint import load_base
+from spkv.hf.attach import attach
+from spkv.training.checkpoints import load_sharded_predictors, save_sharded_predictors
+from spkv.training.parameters import prepare_parameters
+
+# Two processes shard a model's layers; a loss with the utilities in it must have the gradients of the whole model.
+SCRIPT = """
+import sys, torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from spkv.checkpoint import load_base
+from spkv.config import SPKVConfig
+from spkv.gates import SoftGate, ThresholdGate
+from spkv.hf.attach import attach, attachment
+
+def gradients(model, gate):
+    model.zero_grad()
+    attachment(model).gate = gate
+    ids = torch.arange(48)[None] % 90
+    with attachment(model).record() as record:
+        loss = model(input_ids=ids, labels=ids, segment_ids=ids // 30, use_cache=False).loss
+    (loss + 0.1 * torch.stack(list(record.utilities.values())).mean()).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+whole, sharded = (attach(load_base(sys.argv[1]), SPKVConfig(window=4, initial_bias=0.0)).train() for _ in range(2))
+sharded.load_state_dict(whole.state_dict())
+mesh = init_device_mesh("cpu", (2,))
+for layer in sharded.model.layers:
+    fully_shard(layer, mesh=mesh)
+fully_shard(sharded, mesh=mesh)
+for gate in (SoftGate(), ThresholdGate(0.5)):
+    expected, actual = gradients(whole, gate), gradients(sharded, gate)
+    for name, gradient in expected.items():
+        assert torch.allclose(actual[name].full_tensor(), gradient, rtol=1e-4, atol=1e-7), (gate, name)
+    assert any("utility_predictor" in name and bool(g.any()) for name, g in expected.items())
+dist.destroy_process_group()
+"""
+
+
+def test_a_sharded_model_has_the_gradients_of_a_whole_one(model_directory: Path, tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    root = str(Path(__file__).parents[2])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([root, *sys.path])}
+    done = subprocess.run(
+        [*command, str(script), str(model_directory)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_predictors_survive_beside_lora(model_directory, recipe_of, tmp_path) -> None:
+    recipe = recipe_of("fast-lora")
+
+    def build() -> torch.nn.Module:
+        return prepare_parameters(attach(load_base(model_directory), recipe.config()), recipe)
+
+    saved, loaded = build(), build()
+    save_sharded_predictors(saved, tmp_path, write=False)
+    assert not list(tmp_path.glob("*.safetensors"))
+    save_sharded_predictors(saved, tmp_path, write=True)
+    load_sharded_predictors(loaded, tmp_path)
+    expected, actual = dict(saved.named_parameters()), dict(loaded.named_parameters())
+    names = [name for name in expected if "utility_predictor" in name]
+    assert len(names) == 8
+    assert all(torch.equal(expected[name], actual[name]) for name in names)
