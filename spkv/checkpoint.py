@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from spkv.config import CONFIG_FILE, SPKVConfig
+from spkv.gates import ThresholdGate
 from spkv.hf.attach import attach, attachment
 from spkv.hf.families import find_decoder
 
@@ -259,6 +260,9 @@ def _save_predictors(
 ) -> None:
     weights = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in _predictor_parameters(model)}
     save_file(weights, path / PREDICTOR_FILE, metadata={"format": "pt"})
+    gate = attachment(model).gate
+    if isinstance(gate, ThresholdGate):  # it may have been moved since
+        config = config.replace(threshold=gate.threshold)
     stored = {"format": _FORMAT, "config": config.to_dict(), "base": base, "training": training or {}}
     (path / CONFIG_FILE).write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
 

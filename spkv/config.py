@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 CONFIG_FILE = "spkv_config.json"
@@ -69,11 +67,6 @@ class SPKVConfig:
             raise ValueError(f"unknown SPKVConfig fields {unknown}; known are {sorted(known)}")
         layers = values.get("layers")
         return cls(**{**values, "layers": None if layers is None else tuple(layers)})
-
-    @classmethod
-    def from_json(cls, path: str | Path) -> SPKVConfig:
-        """Read the `config` entry of an `spkv_config.json`."""
-        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8"))["config"])
 
 
 def check_threshold(threshold: float) -> float:

@@ -134,3 +134,9 @@ def test_missing_and_broken_files_are_named(attached, base, tmp_path):
 def test_lora_is_not_saved_as_a_whole_model(attached, tmp_path):
     with pytest.raises(ValueError, match="carries LoRA weights: use spkv.checkpoint.save_adapter"):
         spkv.save(with_lora(attached), tmp_path)
+
+
+def test_the_threshold_in_force_is_the_one_saved(attached, tmp_path):
+    spkv.attachment(attached).threshold = 0.7
+    spkv.save(attached, tmp_path / "whole")
+    assert spkv.attachment(spkv.load(tmp_path / "whole")).threshold == 0.7

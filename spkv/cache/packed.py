@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spkv.cache.pages import PageList
+from spkv.cache.pages import PageList, PoolFullError
 from spkv.ops.attention import packed_decode, pruned_prefill, write
 from spkv.ops.packed import PackedLayer
 from spkv.ops.reference import count_leaving
@@ -29,7 +29,8 @@ class PackedCache:
         kv_heads: Hkv, equal in all layers.
         window: w.
         page_size: P.
-        max_memory: bytes that the pool may take at most; None for no bound.
+        max_memory: bytes that the pool may take at most; None for no bound. While it grows, the old pool stands
+            beside the new one for a moment.
     """
 
     pool: Tensor  # [pages, 2, P, D]
@@ -45,6 +46,7 @@ class PackedCache:
         self.max_memory = max_memory
         self.ring_pages = -(-window // page_size)
         self.pages = PageList()
+        self._overflowed = False
         self.sequences = 0  # B; the tensors are made when the first pairs tell it, with dtype and device
 
     def attend(
@@ -68,21 +70,21 @@ class PackedCache:
             [B, H, T, D].
 
         Raises:
-            PoolFullError: if the pages needed would exceed `max_memory`; this layer is as it was before.
+            PoolFullError: if the pages needed would exceed `max_memory`. Earlier layers have taken the tokens then, so
+                the cache refuses everything but `reset`.
             ValueError, TypeError: for shapes or dtypes that do not fit what the cache holds.
         """
+        if self._overflowed:
+            raise PoolFullError("the pool was full in the middle of a pass, which left it incomplete: reset the cache")
         if not self.sequences:
             self._allocate(key)
         self._check_batch(key)
-        packed = self.layer(layer)
         if query.shape[2] == 1:
-            self._reserve(layer, keep, valid)
-            packed = self.layer(layer)
-            write(packed, key, value, keep, valid)
-            return packed_decode(query, packed, **options)
-        out = pruned_prefill(query, key, value, keep, window=self.window, past=packed, valid=valid, **options)
-        self._reserve(layer, keep, valid)
-        write(self.layer(layer), key, value, keep, valid)
+            self._write(layer, key, value, keep, valid)
+            return packed_decode(query, self.layer(layer), **options)
+        past = self.layer(layer)
+        out = pruned_prefill(query, key, value, keep, window=self.window, past=past, valid=valid, **options)
+        self._write(layer, key, value, keep, valid)
         return out
 
     def layer(self, layer: int) -> PackedLayer:
@@ -118,10 +120,12 @@ class PackedCache:
         wanted = [int(i) for i in indices]
         if any(not 0 <= i < self.sequences for i in wanted):
             raise ValueError(f"sequence indices must lie in 0 to {self.sequences - 1}, not {wanted}")
-        # A sequence's first use keeps its pages, every further use copies them; what is left over is freed.
+        # A sequence's first use keeps its pages, every further use copies them; those of dropped ones are freed.
+        for source in set(range(self.sequences)) - set(wanted):
+            for (layer, chain), columns in self._pages_of(source).items():
+                self.pages.give(self.table[layer, chain, columns].tolist())
         copies = [i for n, i in enumerate(wanted) if i in wanted[:n]]
-        needed = sum(len(pages) for i in copies for pages in self._pages_of(i).values())
-        self._ensure_free(needed)
+        self._ensure_free(sum(len(pages) for i in copies for pages in self._pages_of(i).values()))
         old_table, chains = self.table, self._chains(wanted)
         self.table = old_table[:, chains].clone()
         used: set[int] = set()
@@ -133,16 +137,13 @@ class PackedCache:
                     self.pool[pages] = self.pool[old_table[layer, chain, columns].long()]
                     self.table[layer, target * self.kv_heads + head, columns] = pages.to(self.table.dtype)
             used.add(source)
-        for source in set(range(self.sequences)) - used:
-            for (layer, chain), columns in self._pages_of(source).items():
-                self.pages.give(old_table[layer, chain, columns].tolist())
         self.sequences = len(wanted)
         self.seen, self.kept = self.seen[:, wanted].clone(), self.kept[:, chains].clone()
         self.ring_keep = self.ring_keep[:, chains].clone()
 
     def reset(self) -> None:
         """Forget every sequence and free all memory."""
-        self.sequences, self.pages = 0, PageList()
+        self.sequences, self.pages, self._overflowed = 0, PageList(), False
         for name in _TENSORS:
             self.__dict__.pop(name, None)
 
@@ -167,15 +168,18 @@ class PackedCache:
         Raises:
             ValueError: if the state is of a cache of other sizes.
         """
-        self.reset()
         if not state:
+            self.reset()
             return
-        sizes = (state["table"].shape[0], state["ring_keep"].shape[2], state["pool"].shape[2])
-        if sizes != (self.layers, self.window, self.page_size):
+        (layers, chains, window), page_size = state["ring_keep"].shape, state["pool"].shape[2]
+        sizes = (layers, chains // state["seen"].shape[1], window, page_size)
+        own = (self.layers, self.kv_heads, self.window, self.page_size)
+        if sizes != own:
             raise ValueError(
-                f"the state has {sizes[0]} layers, window {sizes[1]} and pages of {sizes[2]}; this cache has "
-                f"{self.layers} layers, window {self.window} and pages of {self.page_size}"
+                "the state has {} layers, {} KV heads, window {} and pages of {}; this cache has "
+                "{} layers, {} KV heads, window {} and pages of {}".format(*sizes, *own)
             )
+        self.reset()
         for name in _TENSORS:
             setattr(self, name, state[name].clone())
         self.sequences = self.seen.shape[1]
@@ -185,13 +189,13 @@ class PackedCache:
 
     def _allocate(self, key: Tensor) -> None:
         B, Hkv, _, D = key.shape
-        self.sequences = B
         self.pool = key.new_empty(0, 2, self.page_size, D)
         self.table = torch.zeros(self.layers, B * Hkv, self.ring_pages, dtype=torch.int32, device=key.device)
         self.seen = torch.zeros(self.layers, B, dtype=torch.int32, device=key.device)
         self.kept = torch.zeros(self.layers, B * Hkv, dtype=torch.int32, device=key.device)
         self.ring_keep = torch.zeros(self.layers, B * Hkv, self.window, dtype=torch.bool, device=key.device)
         self.pages = PageList(self._page_limit())
+        self.sequences = B
 
     def _page_limit(self) -> int | None:
         if self.max_memory is None:
@@ -213,6 +217,14 @@ class PackedCache:
                 f"the cache lives on {self.pool.device}, but was given pairs on {key.device}; "
                 "a model spread over several devices is not supported"
             )
+
+    def _write(self, layer: int, key: Tensor, value: Tensor, keep: Tensor, valid: Tensor | None) -> None:
+        try:
+            self._reserve(layer, keep, valid)
+        except PoolFullError:
+            self._overflowed = True
+            raise
+        write(self.layer(layer), key.detach(), value.detach(), keep, valid)
 
     def _reserve(self, layer: int, keep: Tensor, valid: Tensor | None) -> None:
         """Put the pages into the table that writing these tokens needs."""

@@ -32,7 +32,7 @@ class PageList:
         if self.limit is not None and self.capacity + missing > self.limit:
             raise PoolFullError(
                 f"{count} pages are needed and {len(self._free)} of {self.capacity} are free, but the pool may hold "
-                f"{self.limit} at most; raise max_memory, or release sequences"
+                f"{self.limit} at most; raise max_memory, or use fewer or shorter sequences"
             )
         return missing
 

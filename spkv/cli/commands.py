@@ -43,8 +43,6 @@ Threshold = Annotated[
 Data = Annotated[
     list[Path], typer.Option("--data", metavar="FILE...", help="Text or JSON lines, also .xz, .gz or .bz2; repeatable.")
 ]
-# So that `--data a.txt b.txt` and `--data *.txt` work, which click alone would not take.
-MoreData = Annotated[list[Path] | None, typer.Argument(metavar="FILE", hidden=True)]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; default: a GPU if there is one.")]
 Dtype = Annotated[
     str | None, typer.Option(help=f"Of weights and cache: {', '.join(DTYPES)}; default: the checkpoint's.")
@@ -155,7 +153,6 @@ def generate(
 def evaluate(
     model: Model,
     data: Data,
-    more_data: MoreData = None,
     adapter: Adapter = None,
     task: Annotated[str, typer.Option(help="What to measure: nll.")] = "nll",
     sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 4096,
@@ -189,9 +186,7 @@ def evaluate(
         make_policies(names, values)  # mistakes in them should show before the model is loaded
         tokenizer, config = tokenizer_and_config(model)
         check_length(config, sequence_length)
-        sequences = cut_sequences(
-            [*data, *(more_data or [])], tokenizer, sequence_length, limit=limit, progress=progress
-        )
+        sequences = cut_sequences(data, tokenizer, sequence_length, limit=limit, progress=progress)
         with opened(model, adapter, device, dtype) as loaded:
             stored = spkv.attachment(loaded).config.threshold
             rows = evaluate_nll(
@@ -260,7 +255,6 @@ def adapt(
     model: Model,
     data: Data,
     output: Annotated[Path, typer.Option(metavar="DIR", help="For the result, logs and checkpoints.")],
-    more_data: MoreData = None,
     recipe: Annotated[
         str, typer.Option(help="paper (long), fast (minutes), fast-lora (an adapter) or dense-control.")
     ] = "fast",
@@ -275,7 +269,7 @@ def adapt(
     sequence_length: Annotated[int | None, typer.Option(help="Tokens of a row; default: the recipe's.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="The model's, at its peak.")] = None,
     validation: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="Held-out text to evaluate; repeatable.")
+        list[Path] | None, typer.Option(metavar="FILE...", help="Held-out text to evaluate; repeatable.")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows that a process computes at once.")] = None,
     gradient_checkpointing: Annotated[
@@ -308,7 +302,7 @@ def adapt(
         }
         summary = run_adapt(
             model,
-            [*data, *(more_data or [])],
+            data,
             output,
             get_recipe(recipe, **{name: value for name, value in given.items() if value is not None}),
             validation=validation,

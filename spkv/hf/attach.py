@@ -46,7 +46,6 @@ class Attachment:
         gate: the gate in force; a `ThresholdGate` unless training or an evaluation sets another.
         oracle: True computes passes without a cache through a dense mask, for tests and evaluation.
         max_memory: bytes that a cache made by `generate()` may take at most; None for no bound.
-        implementation: forces the operators' implementation by name; None lets each choose.
     """
 
     def __init__(self, decoder: Decoder, config: SPKVConfig, layers: tuple[int, ...]):
@@ -54,11 +53,11 @@ class Attachment:
         self.gate: Gate = ThresholdGate(config.threshold)
         self.oracle = False
         self.max_memory: int | None = None
-        self.implementation: str | None = None
         self.suspended = False
         self.context: forward.ForwardContext | None = None  # of the pass under way, where keywords do not carry it
         self._record: Record | None = None
         self._handles: list[Any] = []
+        self.implementation_name = f"spkv_{decoder.config._attn_implementation}"
         self.original_implementation: str = decoder.config._attn_implementation
 
     @property
@@ -145,7 +144,7 @@ def attach(model: PreTrainedModel, config: SPKVConfig | None = None) -> PreTrain
     for index in decoder.global_layers:
         attention = decoder.attentions[index]
         if index in layers:
-            weight = next(p for p in attention.parameters() if p.is_floating_point())
+            weight = _reference_weight(attention, index)
             attention.utility_predictor = UtilityPredictor(
                 decoder.config.hidden_size, decoder.kv_heads, config.predictor_width, config.initial_bias
             ).to(weight.device, weight.dtype)
@@ -159,9 +158,22 @@ def attach(model: PreTrainedModel, config: SPKVConfig | None = None) -> PreTrain
     return model
 
 
+def _reference_weight(attention: nn.Module, layer: int) -> nn.Parameter:
+    """A weight whose type and device the predictor takes: floating, and not quantised to a byte."""
+    for weight in attention.parameters():
+        if weight.is_floating_point() and weight.element_size() > 1:
+            return weight
+    raise ValueError(
+        f"the attention of layer {layer} has no floating-point weights of 16 bits or more; quantised models are not "
+        "supported"
+    )
+
+
 def detach(model: nn.Module) -> nn.Module:
     """Undo `attach`: the model computes what it computed before, bit for bit (apart from trained weights)."""
     found = attachment(model)
+    if found.suspended:
+        raise ValueError("a model cannot be detached inside spkv.dense")
     for handle in found._handles:
         handle.remove()
     _set_implementation(found, active=False)
@@ -193,6 +205,9 @@ def find_attachment(model: nn.Module) -> Attachment | None:
 def dense(model: nn.Module) -> Iterator[None]:
     """Run an attached model as if it were not attached: its own attention, caches and weights."""
     found = attachment(model)
+    if found.suspended:
+        yield
+        return
     found.suspended = True
     _set_implementation(found, active=False)
     try:
@@ -206,7 +221,7 @@ def _set_implementation(attachment: Attachment, active: bool) -> None:
     """Select the attention function of global layers; local layers keep the original one throughout."""
     decoder, original = attachment.decoder, attachment.original_implementation
     # Masks are made once a pass, from the decoder's config: none for global layers, the original's for local ones.
-    name = f"spkv_{original}"
+    name = attachment.implementation_name
     AttentionInterface.register(name, forward.attention)
     AttentionMaskInterface.register(name, functools.partial(forward.mask, original))
     decoder.config._attn_implementation = name if active else original

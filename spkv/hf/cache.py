@@ -23,13 +23,19 @@ class SPKVLayer(CacheLayerMixin):
     def __init__(self) -> None:
         super().__init__()
         self.columns = 0
+        self.pending = False  # between `update` and the attention that writes
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Count the new columns and hand the states on as they are: the attention function writes them."""
-        self.is_initialized = True
+        if self.pending:
+            raise ValueError(
+                "an SPKVCache was used by an attention function that does not know it: the model was detached, is "
+                "inside spkv.dense, or its attn_implementation was changed"
+            )
+        self.is_initialized = self.pending = True
         self.columns += key_states.shape[-2]
         return key_states, value_states
 
@@ -47,7 +53,7 @@ class SPKVLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name before transformers 5.10
 
     def reset(self) -> None:
-        self.columns = 0
+        self.columns, self.pending = 0, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Nothing to do: the packed cache reorders all layers at once."""
@@ -80,18 +86,21 @@ class SPKVCache(Cache):
         page_size: int = 16,
         max_memory: int | None = None,
     ):
-        # transformers knows best which cache each local layer needs.
-        stock = DynamicCache(config=decoder.config).layers
-        self.global_layers = decoder.global_layers
-        super().__init__(
-            layers=[SPKVLayer() if i in self.global_layers else stock[i] for i in range(len(decoder.attentions))]
-        )
+        self.global_layers, self._config = decoder.global_layers, decoder.config
+        super().__init__(layers=self._new_layers())
         self.packed = PackedCache(len(self.global_layers), decoder.kv_heads, window, page_size, max_memory)
         self.window = window
         self._slot = {layer: slot for slot, layer in enumerate(self.global_layers)}
 
+    def _new_layers(self) -> list[Any]:
+        # transformers knows best which cache each local layer needs.
+        stock: list[Any] = DynamicCache(config=self._config).layers
+        return [SPKVLayer() if i in self.global_layers else layer for i, layer in enumerate(stock)]
+
     def attend(self, layer: int, *args: Any, **kwargs: Any) -> Tensor:
         """`PackedCache.attend`, with the model's layer index."""
+        own: Any = self.layers[layer]
+        own.pending = False
         return self.packed.attend(self._slot[layer], *args, **kwargs)
 
     @property
@@ -138,13 +147,13 @@ class SPKVCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:  # type: ignore[override]
         """Sequence i becomes what sequence beam_idx[i] was (beam search)."""
-        super().reorder_cache(beam_idx)
         self.packed.select(beam_idx)
+        super().reorder_cache(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the named sequences, in that order."""
-        super().batch_select_indices(indices)
         self.packed.select(indices)
+        super().batch_select_indices(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence `repeats` times, in place."""
@@ -156,5 +165,5 @@ class SPKVCache(Cache):
 
     def reset(self) -> None:
         """Forget everything."""
-        super().reset()
+        self.layers = self._new_layers()
         self.packed.reset()

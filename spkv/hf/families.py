@@ -68,10 +68,6 @@ class Decoder:
     def kv_heads(self) -> int:
         return self.config.num_key_value_heads
 
-    @property
-    def head_dim(self) -> int:
-        return getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
-
 
 def find_decoder(model: nn.Module) -> Decoder:
     """Find the decoder of a causal language model, also inside a PEFT model.
@@ -106,10 +102,13 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def _is_local(config: PreTrainedConfig, layer: int) -> bool:
     layer_types = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    # A window as long as the model's positions hides nothing.
+    hides = window is not None and window < config.max_position_embeddings
     if layer_types is None:
-        return getattr(config, "sliding_window", None) is not None
+        return hides
     if layer_types[layer] not in ("full_attention", "sliding_attention"):
         raise ValueError(
             f"layer {layer} is of type {layer_types[layer]!r}; supported are full_attention and sliding_attention"
         )
-    return layer_types[layer] == "sliding_attention"
+    return hides and layer_types[layer] == "sliding_attention"

@@ -63,7 +63,14 @@ def decoder_pre_hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     """Choose the cache, read the padding, and pass a ForwardContext down as a keyword."""
     found: Attachment = module.spkv_attachment
     if found.suspended:
+        if isinstance(kwargs.get("past_key_values"), SPKVCache):
+            raise ValueError("an SPKVCache cannot be used inside spkv.dense: dense attention needs every pair")
         return None
+    if module.config._attn_implementation != found.implementation_name:
+        raise ValueError(
+            f"attn_implementation was changed to {module.config._attn_implementation!r} after spkv.attach; "
+            "detach first, or attach again"
+        )
     arguments = dict(inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments)
     arguments.pop("self")
     kwargs = {**arguments, **arguments.pop("kwargs", {})}
@@ -78,12 +85,18 @@ def decoder_pre_hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     kwargs["use_cache"] = cache is not None
     B, T = inputs.shape[:2]
     past = 0 if cache is None else cache.get_seq_length()
-    valid = _valid_tokens(kwargs.get("attention_mask"), B, T, past)
+    valid = _valid_tokens(kwargs.get("attention_mask"), B, T, past, cache)
     segment_ids = kwargs.pop("segment_ids", None)
     if segment_ids is not None and cache is not None:
         raise ValueError("segment_ids (packed documents) cannot be combined with a cache; pass use_cache=False")
     position = kwargs.get("position_ids")
-    if position is None:
+    if position is None and segment_ids is not None:
+        # Local layers tell documents apart by positions that start again.
+        kwargs["position_ids"] = position = _positions_in_segments(segment_ids)
+    elif position is None and valid is not None:
+        seen = 0 if cache is None or not cache.packed.sequences else cache.packed.seen[0][:, None]
+        position = (seen + valid.cumsum(1) - 1).clamp_min(0)
+    elif position is None:
         position = torch.arange(past, past + T, device=inputs.device)[None]
     context = ForwardContext(found, found.gate, position, cache, valid, segment_ids, found._record)
     if found.decoder.family.passes_keywords:
@@ -101,7 +114,8 @@ def decoder_post_hook(module: Any, args: Any, output: Any) -> None:
 
 def _choose_cache(found: Attachment, module: Any, kwargs: dict[str, Any]) -> SPKVCache | None:
     """The cache of this pass: ours if one was given, a new one in place of an absent or empty one, or None."""
-    given, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
+    given: Any = kwargs.get("past_key_values")
+    use_cache = kwargs.get("use_cache")
     use_cache = module.config.use_cache if use_cache is None else use_cache
     if isinstance(given, SPKVCache):
         if not found.gate.hard:
@@ -109,6 +123,8 @@ def _choose_cache(found: Attachment, module: Any, kwargs: dict[str, Any]) -> SPK
         found.check_cache(given)
         return given
     if given is not None:
+        if hasattr(given, "spkv_cache"):  # an empty one that an earlier pass replaced
+            return given.spkv_cache
         if type(given) is not DynamicCache or getattr(given, "offloading", False):
             raise ValueError(
                 f"a {type(given).__name__} cannot hold self-pruned pairs; leave past_key_values and "
@@ -119,12 +135,30 @@ def _choose_cache(found: Attachment, module: Any, kwargs: dict[str, Any]) -> SPK
                 f"the DynamicCache given already holds {given.get_seq_length()} tokens, which cannot be pruned "
                 "afterwards; start from an empty cache or an SPKVCache"
             )
-    if not use_cache or not found.gate.hard or module.training:
+    if not found.gate.hard or (module.training and torch.is_grad_enabled()):
+        if given is not None:
+            raise ValueError(
+                "a model in training cannot fill a cache: call model.eval(), put a hard gate in force "
+                "(spkv.attachment(model).threshold = 0.5), or pass use_cache=False"
+            )
         return None
-    return found.new_cache()
+    if not use_cache:
+        return None
+    cache = found.new_cache()
+    if given is not None:
+        given.spkv_cache = cache
+    return cache
 
 
-def _valid_tokens(attention_mask: Any, batch: int, tokens: int, past: int) -> Tensor | None:
+def _positions_in_segments(segment_ids: Tensor) -> Tensor:
+    """[B, T]: each token's distance to the first token of its run of equal ids."""
+    index = torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)
+    starts = torch.ones_like(segment_ids, dtype=torch.bool)
+    starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return index - torch.where(starts, index, 0).cummax(1).values
+
+
+def _valid_tokens(attention_mask: Any, batch: int, tokens: int, past: int, cache: SPKVCache | None) -> Tensor | None:
     """[B, T] bool, False at padding, or None if all tokens of this pass are real."""
     if attention_mask is None:
         return None
@@ -134,6 +168,13 @@ def _valid_tokens(attention_mask: Any, batch: int, tokens: int, past: int) -> Te
             f"attention_mask must have shape [batch, seen + new tokens] = {[batch, past + tokens]}, "
             f"not {given}; masks of other forms are not supported"
         )
+    if tokens > 1 and cache is not None and cache.packed.sequences:
+        masked, seen = attention_mask[:, :past].bool().sum(1).tolist(), cache.packed.seen[0].tolist()
+        if masked != seen:
+            raise ValueError(
+                f"attention_mask marks {masked} earlier tokens as real, but the cache was filled with {seen}: tokens "
+                "cannot be masked once they are in the cache"
+            )
     valid = attention_mask[:, past:].bool()
     return None if bool(valid.all()) else valid
 
@@ -172,14 +213,14 @@ def attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     options: dict[str, Any] = dict(scale=scaling, softcap=softcap, sinks=s_aux)
-    layer, window, implementation = module.layer_idx, spkv.attachment.config.window, spkv.attachment.implementation
+    layer, window = module.layer_idx, spkv.attachment.config.window
     utility, gate = spkv.utility, spkv.gate
     if utility is None:  # a global layer without a predictor keeps everything
         utility, gate = query.new_ones(key.shape[:3], dtype=torch.float32), OpenGate()
     if spkv.cache is not None:
         assert isinstance(gate, HardGate)  # or there would be no cache
         keep = gate.keep(utility, layer=layer, position=spkv.position)
-        out = spkv.cache.attend(layer, query, key.detach(), value.detach(), keep, spkv.valid, **options)
+        out = spkv.cache.attend(layer, query, key, value, keep, spkv.valid, **options)
     elif (
         isinstance(gate, HardGate)
         and spkv.segment_ids is None
@@ -187,9 +228,7 @@ def attention(
         and not torch.is_grad_enabled()
     ):
         keep = gate.keep(utility, layer=layer, position=spkv.position)
-        out = pruned_prefill(
-            query, key, value, keep, window=window, valid=spkv.valid, implementation=implementation, **options
-        )
+        out = pruned_prefill(query, key, value, keep, window=window, valid=spkv.valid, **options)
     else:
         # Open gates add nothing, and attention without a gate costs less.
         is_open = isinstance(gate, OpenGate)
@@ -202,7 +241,6 @@ def attention(
             log_gate,
             window=window,
             segment_ids=segment_ids,
-            implementation=implementation,
             **options,
         )
     return out.transpose(1, 2).contiguous(), None

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from spkv.hf.attach import attachment
+from spkv.hf.attach import attachment, find_attachment
 from spkv.hf.cache import SPKVCache
 
 CHUNK_SIZE = 1024
@@ -119,6 +119,9 @@ def read(
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
     B, T = input_ids.shape
     check_length(model.config, T)
+    found = find_attachment(model)
+    if model.training or (found is not None and not found.suspended and not found.gate.hard):
+        raise ValueError("reading fills a cache: call model.eval(), and put a hard gate in force")
     input_ids = input_ids.to(model.device)
     cache: Cache | None = None
     total = torch.zeros((), dtype=torch.float64, device=model.device)

@@ -32,7 +32,7 @@ def attend(
     grouped = query.reshape(B, Hkv, H // Hkv, T, D)
     # Half precision keeps its scores and its softmax in float32, as fused kernels do.
     accumulate = torch.promote_types(query.dtype, torch.float32)
-    scores = (grouped @ key.unsqueeze(2).transpose(-1, -2)).to(accumulate) * scale
+    scores = (grouped.to(accumulate) @ key.to(accumulate).unsqueeze(2).transpose(-1, -2)) * scale
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
     scores = scores + bias.to(accumulate)
@@ -105,6 +105,8 @@ def pruned_prefill(
     out = torch.zeros_like(query)
     for b in range(query.shape[0]):
         columns = valid_columns(valid, b, query.shape[2], query.device)
+        if isinstance(columns, Tensor) and not columns.numel():
+            continue
         recent_key, recent_value, recent_keep, ring_length = recent_pairs(
             past, b, key[b, :, columns], value[b, :, columns], keep[b, :, columns]
         )

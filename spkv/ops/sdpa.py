@@ -120,7 +120,8 @@ def packed_decode(
     B, H, _, D = query.shape
     Hkv, P, ring_slots = packed.kv_heads, packed.page_size, packed.ring_pages * packed.page_size
     pool_key, pool_value = packed.pool[:, 0], packed.pool[:, 1]
-    grouped = (query * scale).reshape(B * Hkv, H // Hkv, D)
+    grouped = query.reshape(B * Hkv, H // Hkv, D)
+    accumulate = torch.promote_types(query.dtype, torch.float32)
     out = torch.zeros_like(grouped)
     seen, kept = packed.seen.tolist(), packed.kept.tolist()
     for c in range(B * Hkv):
@@ -142,12 +143,13 @@ def packed_decode(
                 key[None, None],
                 value[None, None],
                 key.new_zeros(()),
-                scale=1.0,
+                scale=scale,
                 softcap=softcap,
                 sinks=None if sinks is None else sinks[heads],
             )[0, :, 0]
         else:
-            weights = (grouped[c] @ key.T).softmax(-1, dtype=torch.promote_types(key.dtype, torch.float32))
+            # Half precision keeps its scores in float32, as `reference.attend` does.
+            weights = (grouped[c].to(accumulate) @ key.to(accumulate).T * scale).softmax(-1)
             out[c] = weights.to(value.dtype) @ value
     return out.view(B, H, 1, D)
 

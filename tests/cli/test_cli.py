@@ -319,3 +319,11 @@ def test_faults_of_ours_are_not_hidden(monkeypatch):
 def test_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "spkv.cli", "--version"], capture_output=True, text=True)
     assert done.stdout == f"{spkv.__version__}\n"
+
+
+def test_several_files_follow_an_option():
+    from spkv.cli import _repeat_options
+
+    given = "adapt m --data a b --validation c d --output o --data e"
+    expected = "adapt m --data a --data b --validation c --validation d --output o --data e"
+    assert " ".join(_repeat_options(given.split(" "))) == expected

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Quanti
 
 import spkv
 from spkv.cache.pages import PoolFullError
-from spkv.gates import OpenGate, SoftGate, ThresholdGate
+from spkv.gates import OpenGate, SinkGate, SoftGate, ThresholdGate
 
 GREEDY = dict(max_new_tokens=10, min_new_tokens=10, do_sample=False, pad_token_id=0)
 
@@ -251,7 +251,7 @@ def test_assisted_decoding_is_refused(attached, tiny_llama):
     assistant = copy.deepcopy(tiny_llama)
     spkv.detach(assistant)
     with pytest.raises(ValueError, match=r"cannot be cropped.*Assisted \(speculative\) decoding"):
-        attached.generate(text(), assistant_model=assistant, **GREEDY)
+        attached.generate(text(), assistant_model=assistant, max_new_tokens=10, do_sample=False, pad_token_id=0)
 
 
 def test_a_cache_of_another_window_is_refused(attached, tiny_llama):
@@ -270,7 +270,7 @@ def test_a_soft_gate_with_a_cache_is_refused(attached):
 
 def test_a_full_pool_is_an_error_of_its_own(attached):
     spkv.attachment(attached).max_memory = 10_000
-    with pytest.raises(PoolFullError, match="raise max_memory, or release sequences"):
+    with pytest.raises(PoolFullError, match="raise max_memory, or use fewer or shorter sequences"):
         attached.generate(text(4, 60), **GREEDY)
 
 
@@ -290,3 +290,90 @@ def test_masks_that_cannot_be_meant_are_refused(attached):
     spkv.attachment(attached).gate = ThresholdGate(0.5)
     with pytest.raises(ValueError, match="segment_ids .* cannot be combined with a cache"):
         attached(ids, segment_ids=torch.zeros_like(ids))
+
+
+def test_generate_while_training_is_refused_unless_gradients_are_off(attached):
+    ids, attachment = text(), spkv.attachment(attached)
+    expected = attached.generate(ids, **GREEDY)
+    attached.train()
+    assert torch.equal(attached.generate(ids, **GREEDY), expected)
+    attachment.gate = SoftGate()
+    with pytest.raises(ValueError, match="cannot fill a cache: call model.eval"):
+        attached.generate(ids, **GREEDY)
+
+
+def test_gradients_in_evaluation_mode_are_those_without_a_cache(attached):
+    ids = text()
+    gradients = []
+    for use_cache in (False, True):
+        attached.zero_grad()
+        attached(ids, labels=ids, use_cache=use_cache).loss.backward()
+        gradients.append({n: p.grad for n, p in attached.named_parameters() if "utility" not in n})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(
+            gradients[1][name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_an_empty_dynamic_cache_keeps_standing_for_ours(attached):
+    ids, given = text(), DynamicCache()
+    with torch.no_grad():
+        attached(ids[:, :30], past_key_values=given)
+        out = attached(ids[:, 30:], past_key_values=given).logits
+        expected = attached(ids, use_cache=False).logits[:, 30:]
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_other_attention_functions_do_not_get_our_cache(attached):
+    ids = text()
+    cache = attached(ids).past_key_values
+    with spkv.dense(attached), pytest.raises(ValueError, match="cannot be used inside spkv.dense"):
+        attached(ids[:, :1], past_key_values=cache)
+    spkv.detach(attached)
+    attached(ids[:, :1], past_key_values=cache)  # nothing of ours is left in this model to notice it
+    with pytest.raises(ValueError, match="used by an attention function that does not know it"):
+        attached(ids[:, :1], past_key_values=cache)
+
+
+def test_a_changed_attention_implementation_is_noticed(attached):
+    attached.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="attn_implementation was changed to 'eager' after spkv.attach"):
+        attached(text())
+
+
+def test_tokens_cannot_be_masked_once_they_are_in_the_cache(attached):
+    ids = text(2)
+    cache = attached(ids).past_key_values
+    mask = torch.ones(2, 45)
+    mask[1, 3] = 0
+    with pytest.raises(
+        ValueError, match=r"marks \[40, 39\] earlier tokens as real, but the cache was filled with \[40, 40\]"
+    ):
+        attached(text(2, 5), attention_mask=mask, past_key_values=cache)
+
+
+def test_dense_can_be_nested(attached):
+    with spkv.dense(attached):
+        with spkv.dense(attached):
+            pass
+        assert isinstance(attached(text()).past_key_values, DynamicCache)
+    assert isinstance(attached(text()).past_key_values, spkv.SPKVCache)
+
+
+def test_after_a_full_pool_the_cache_wants_a_reset(attached):
+    cache = spkv.attachment(attached).new_cache(max_memory=20_000)
+    with pytest.raises(PoolFullError):
+        attached.generate(text(4, 60), past_key_values=cache, **GREEDY)
+    with pytest.raises(PoolFullError, match="left it incomplete: reset the cache"):
+        attached(text(4, 1), past_key_values=cache)
+    cache.reset()
+    assert attached(text(1, 5), past_key_values=cache).past_key_values is cache
+
+
+def test_positions_follow_padding_and_documents_where_none_are_given(attached):
+    ids = text(1, 30)
+    padded = torch.cat([torch.zeros(1, 6, dtype=torch.long), ids], dim=1)
+    mask = torch.cat([torch.zeros(1, 6), torch.ones(1, 30)], dim=1)
+    with spkv.attachment(attached).using(SinkGate(4)), torch.no_grad():
+        cache = attached(padded, attention_mask=mask).past_key_values
+    assert (cache.packed.kept_pairs() == 4).all()
