@@ -26,12 +26,14 @@ def last_checkpoint(directory: str | os.PathLike[str]) -> str | None:
     return str(Path(directory, f"checkpoint-{max(steps)}")) if steps else None
 
 
-def check_same_recipe(stored: dict[str, Any], wanted: dict[str, Any], path: str) -> None:
-    """Raise a ValueError that names the differences if a checkpoint was made by another recipe."""
+def check_same_run(stored: dict[str, Any], wanted: dict[str, Any], path: str) -> None:
+    """Raise a ValueError that names the differences if a checkpoint has another recipe, data or seed."""
     changed = sorted(key for key in {*stored, *wanted} if stored.get(key) != wanted.get(key))
     if changed:
         differences = ", ".join(f"{key}: {stored.get(key)!r} there, {wanted.get(key)!r} now" for key in changed)
-        raise ValueError(f"{path} was made by another recipe ({differences}); use that one, or another output")
+        raise ValueError(
+            f"{path} was made by another run ({differences}); use its recipe, data and seed, or another output"
+        )
 
 
 def save_sharded_predictors(model: nn.Module, directory: Path, write: bool) -> None:

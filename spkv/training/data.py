@@ -5,6 +5,7 @@ Legend: T tokens of a row (the sequence length), w window.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -100,6 +101,11 @@ class TrainingRows(Dataset[dict[str, Tensor]]):
             self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
             self._epoch = epoch
         return self.rows[int(self._order[place])]
+
+    def identity(self) -> dict[str, int]:
+        """Return numbers that differ, but for chance, if data or order do: for recognising a run on resuming it."""
+        first = self[0]["input_ids"].numpy().tobytes()
+        return {"seed": self.seed, "rows": self.length, "corpus_rows": len(self.rows), "first_row": zlib.crc32(first)}
 
 
 def spread(rows: PackedRows, tokens: int) -> Dataset[dict[str, Tensor]]:

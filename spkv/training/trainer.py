@@ -31,7 +31,7 @@ from spkv.gates import OpenGate
 from spkv.hf.attach import Record, attachment
 from spkv.training.checkpoints import (
     STATE_FILE,
-    check_same_recipe,
+    check_same_run,
     load_sharded_predictors,
     save_sharded_predictors,
 )
@@ -255,7 +255,7 @@ class AdaptationTrainer(Trainer):
         if self.args.should_save:
             state = {
                 "step": self.state.global_step,
-                "recipe": self.recipe.to_dict(),
+                "run": self._identity(),
                 "measured": measured,
                 "controller": None if self.controller is None else self.controller.state_dict(),
             }
@@ -265,6 +265,9 @@ class AdaptationTrainer(Trainer):
     @property
     def _has_sharded_predictors(self) -> bool:
         return self.is_fsdp_enabled and self.recipe.lora_rank is not None
+
+    def _identity(self) -> dict[str, Any]:
+        return {**self.recipe.to_dict(), **self.rows.identity()}
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         # Sharded weights are stored beside the optimiser's state, in a form of their own.
@@ -279,7 +282,7 @@ class AdaptationTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         state = json.loads(Path(resume_from_checkpoint, STATE_FILE).read_text(encoding="utf-8"))
-        check_same_recipe(state["recipe"], self.recipe.to_dict(), resume_from_checkpoint)
+        check_same_run(state["run"], self._identity(), resume_from_checkpoint)
         if self.controller is not None:
             self.controller.load_state_dict(state["controller"])
         if self.accelerator.is_main_process:

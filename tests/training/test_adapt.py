@@ -153,6 +153,8 @@ def test_an_incomplete_checkpoint_is_passed_over(run, run_until, recipe_of, tmp_
 
 def test_another_recipe_cannot_go_on(run, run_until, recipe_of) -> None:
     run_until(9, recipe_of(), save_every=4)
+    with pytest.raises(ValueError, match="seed: 0 there, 1 now"):
+        run(recipe_of(), resume=True, seed=1)
     with pytest.raises(ValueError, match=r"regulariser: 0.015 there, 0.1 now"):
         run(recipe_of(regulariser=0.1), resume=True)
 
