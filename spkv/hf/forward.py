@@ -115,8 +115,8 @@ def decoder_post_hook(module: Any, args: Any, output: Any) -> None:
 def _choose_cache(found: Attachment, module: Any, kwargs: dict[str, Any]) -> SPKVCache | None:
     """The cache of this pass: ours if one was given, a new one in place of an absent or empty one, or None."""
     given: Any = kwargs.get("past_key_values")
-    use_cache = kwargs.get("use_cache")
-    use_cache = module.config.use_cache if use_cache is None else use_cache
+    asked = given is not None or kwargs.get("use_cache") is True  # as `generate()` does, one way or the other
+    use_cache = module.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
     if isinstance(given, SPKVCache):
         if not found.gate.hard:
             raise ValueError(f"a cache needs a hard gate, and {type(found.gate).__name__} is in force")
@@ -136,7 +136,7 @@ def _choose_cache(found: Attachment, module: Any, kwargs: dict[str, Any]) -> SPK
                 "afterwards; start from an empty cache or an SPKVCache"
             )
     if not found.gate.hard or (module.training and torch.is_grad_enabled()):
-        if given is not None:
+        if asked:
             raise ValueError(
                 "a model in training cannot fill a cache: call model.eval(), put a hard gate in force "
                 "(spkv.attachment(model).threshold = 0.5), or pass use_cache=False"
