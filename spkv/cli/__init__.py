@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import typer
 
+from spkv.cache.pages import PoolFullError
 from spkv.cli.commands import TRACEBACK, app
 
 __all__ = ["app", "main"]
@@ -20,10 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; `arguments` default to the process's own."""
     try:
         app(args=_repeat_options(sys.argv[1:] if arguments is None else arguments), prog_name="spkv")
-    except (ValueError, TypeError, OSError, ModuleNotFoundError, FloatingPointError, RuntimeError) as error:
-        # Of runtime errors only our own are a user's: a full pool.
-        if isinstance(error, RuntimeError) and type(error).__name__ != "PoolFullError":
-            raise
+    except (ValueError, TypeError, OSError, ModuleNotFoundError, FloatingPointError, PoolFullError) as error:
         if os.environ.get(TRACEBACK):
             raise
         typer.echo(f"spkv: error: {' '.join(str(error).split())}", err=True)

@@ -36,8 +36,8 @@ def gated_attention(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """See `spkv.ops.attention.gated_attention`."""
-    # Dense in memory: the gate's gradient is summed by atomic additions, which get three times slower where the heads
-    # of a token lie side by side, as the predictor leaves them.
+    # Dense in memory: the gate's gradient is summed by atomic additions, and those of neighbouring heads should not
+    # meet in one cache line, where the predictor's own layout puts them.
     log_gate = None if log_gate is None else log_gate.contiguous()
     group = query.shape[1] // key.shape[1]
 
