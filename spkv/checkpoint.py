@@ -77,7 +77,11 @@ def load(
 
 def load_base(model: str | os.PathLike[str], *, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
     """Load the plain transformers model behind a directory, hub name or packaged model."""
-    return AutoModelForCausalLM.from_pretrained(resolve_model(model), dtype=dtype or "auto")
+    loaded = AutoModelForCausalLM.from_pretrained(resolve_model(model), dtype=dtype or "auto")
+    if model in PACKAGED_MODELS:
+        # What PEFT writes into an adapter: the name means the same elsewhere, the directory does not.
+        loaded.name_or_path = str(model)
+    return loaded
 
 
 def resolve_model(model: str | os.PathLike[str]) -> str:
