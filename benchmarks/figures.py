@@ -1,6 +1,6 @@
 """Draws the figures of the documentation from `benchmarks/results/`.
 
-    python -m benchmarks.figures
+python -m benchmarks.figures
 """
 
 from __future__ import annotations
