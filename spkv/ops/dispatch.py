@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
+
+_MAX_HEAD_SIZE = 256
 
 
 @dataclass(frozen=True)
@@ -44,3 +51,16 @@ def choose(
             return implementation.load()
     known = ", ".join(i.name for i in implementations)
     raise ValueError(f"{operator}: unknown implementation {name!r}; known are {known}")
+
+
+def needs_triton(tensor: Tensor) -> str | None:
+    """Why the Triton kernels cannot run a tensor [..., D], or None. TRITON_INTERPRET=1 lets them run on a CPU."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it runs on CUDA, or with TRITON_INTERPRET=1, and the tensors are on {tensor.device}"
+    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"it takes float16, bfloat16 and float32, not {tensor.dtype}"
+    if tensor.shape[-1] > _MAX_HEAD_SIZE:
+        return f"it takes head sizes up to {_MAX_HEAD_SIZE}, not {tensor.shape[-1]}"
+    return None

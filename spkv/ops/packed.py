@@ -23,6 +23,19 @@ class PackedLayer:
         kept: [C] int32, pairs in each chain's kept pages.
         ring_keep: [C, w] bool, the keep bit of the pair in each ring slot.
         window: w.
+        free: [pages] int32, a stack of page ids that belong to no chain, or None; shared by all layers.
+        taken: [1] int32, given with `free`: how many of its pages, from the start, were handed out so far.
+
+    With `free`, `write` hands pages out: a ring gets one when the first token enters it, a chain's end when an append
+    begins it. Without, the table must hold the pages before `write` is called. Either way the table needs the columns
+    for them: ring_pages and a column for every P kept pairs, which nothing checks; with max_tokens as the bound of a
+    sequence's length, ring_pages + ceil(max_tokens / P) always suffice.
+
+    If the stack does not go round, `taken` ends above `free.numel()`: it counts the pages asked for, and that is how
+    the host can tell. Nobody's pages are touched then. A kept pair without a page is dropped as if its gate had been
+    closed, and `kept` does not count it; a sequence with a ring without its page drops the tokens of this call, and
+    `seen` does not count them. Of the stack's last pages some may be in the table of no chain then, so that what is
+    in use must be read from the tables and lengths.
     """
 
     pool: Tensor
@@ -31,6 +44,12 @@ class PackedLayer:
     kept: Tensor
     ring_keep: Tensor
     window: int
+    free: Tensor | None = None
+    taken: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if (self.free is None) != (self.taken is None):
+            raise ValueError("free and taken must be given together")
 
     @property
     def page_size(self) -> int:

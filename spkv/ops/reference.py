@@ -178,21 +178,52 @@ def count_leaving(packed: PackedLayer, keep: Tensor, valid: Tensor | None) -> Te
 
 def write(packed: PackedLayer, key: Tensor, value: Tensor, keep: Tensor, valid: Tensor | None = None) -> None:
     """See `spkv.ops.attention.write`."""
+    room = None
+    if packed.free is not None:
+        enters, room = _hand_out(packed, keep, valid)
+        if not enters.all():
+            valid = enters[:, None].expand(-1, key.shape[2]) if valid is None else valid & enters[:, None]
     if key.shape[2] == 1 and valid is None:
-        _write_token(packed, key.flatten(0, 1)[:, 0], value.flatten(0, 1)[:, 0], keep.flatten())
+        _write_token(packed, key.flatten(0, 1)[:, 0], value.flatten(0, 1)[:, 0], keep.flatten(), room)
         return
     for b in range(key.shape[0]):
         columns = valid_columns(valid, b, key.shape[2], key.device)
-        _write_chunk(packed, b, key[b, :, columns], value[b, :, columns], keep[b, :, columns])
+        _write_chunk(packed, b, key[b, :, columns], value[b, :, columns], keep[b, :, columns], room)
 
 
-def _write_token(packed: PackedLayer, key: Tensor, value: Tensor, keep: Tensor) -> None:
+def _hand_out(packed: PackedLayer, keep: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Put the pages into the table that writing these tokens needs, first those of all rings, then the kept ones.
+
+    Returns [B] bool, the sequences whose rings have all their pages, and [C] int64, the kept pairs that each chain has
+    pages for.
+    """
+    assert packed.free is not None
+    assert packed.taken is not None
+    P, Hkv, C = packed.page_size, packed.kv_heads, packed.kept.shape[0]
+    arriving = torch.full_like(packed.seen, keep.shape[2]) if valid is None else valid.sum(1)
+    ring_have, ring_need = (-(-n.clamp_max(packed.window) // P) for n in (packed.seen, packed.seen + arriving))
+    kept_have, kept_need = (-(-n // P) for n in (packed.kept, packed.kept + count_leaving(packed, keep, valid)))
+    count = torch.cat([(ring_need - ring_have).repeat_interleave(Hkv), kept_need - kept_have]).long()  # [2 * C]
+    column = torch.cat([ring_have.repeat_interleave(Hkv), packed.ring_pages + kept_have]).long()
+    first = packed.taken.long() + count.cumsum(0) - count
+    granted = (packed.free.numel() - first).clamp_min(0).minimum(count)
+    packed.taken.add_(count.sum())
+    row = torch.arange(2 * C, device=count.device).repeat_interleave(granted)
+    nth = torch.arange(row.shape[0], device=count.device) - (granted.cumsum(0) - granted)[row]
+    packed.table[row % C, column[row] + nth] = packed.free[first[row] + nth]
+    enters = (granted == count)[:C].view(-1, Hkv).all(1)
+    return enters, (kept_have + granted[C:]) * P
+
+
+def _write_token(packed: PackedLayer, key: Tensor, value: Tensor, keep: Tensor, room: Tensor | None) -> None:
     """One token a sequence: key and value [C, D], keep [C]."""
     P, Hkv = packed.page_size, packed.kv_heads
     chain = torch.arange(packed.kept.shape[0], device=key.device)
     slot = (packed.seen % packed.window).repeat_interleave(Hkv).long()
     page, offset = packed.table[chain, slot // P].long(), slot % P
     leaves = packed.ring_keep[chain, slot] & (packed.seen >= packed.window).repeat_interleave(Hkv)
+    if room is not None:
+        leaves = leaves & (packed.kept < room)
     append = leaves.nonzero()[:, 0]
     if append.numel():
         target = packed.kept[append].long()
@@ -205,7 +236,9 @@ def _write_token(packed: PackedLayer, key: Tensor, value: Tensor, keep: Tensor) 
     packed.seen.add_(1)
 
 
-def _write_chunk(packed: PackedLayer, b: int, key: Tensor, value: Tensor, keep: Tensor) -> None:
+def _write_chunk(
+    packed: PackedLayer, b: int, key: Tensor, value: Tensor, keep: Tensor, room: Tensor | None = None
+) -> None:
     """Any number of tokens of sequence b: key and value [Hkv, n, D], keep [Hkv, n]."""
     n, P, w, Hkv = key.shape[1], packed.page_size, packed.window, packed.kv_heads
     if n == 0:
@@ -217,13 +250,16 @@ def _write_chunk(packed: PackedLayer, b: int, key: Tensor, value: Tensor, keep: 
     leaving = max(0, ring_length + n - w)
 
     # Append what leaves the window and is kept, before its ring slot is reused.
-    head, position = recent_keep[:, :leaving].nonzero(as_tuple=True)
-    rank = recent_keep[:, :leaving].cumsum(1)[head, position] - 1
+    leaves = recent_keep[:, :leaving]
+    if room is not None:
+        leaves = leaves & (kept[:, None] + leaves.cumsum(1) <= room[chains, None])
+    head, position = leaves.nonzero(as_tuple=True)
+    rank = leaves.cumsum(1)[head, position] - 1
     target = kept[head].long() + rank
     target_page = table[head, packed.ring_pages + target // P]
     packed.pool[target_page, 0, target % P] = recent_key[head, position]
     packed.pool[target_page, 1, target % P] = recent_value[head, position]
-    kept += recent_keep[:, :leaving].sum(1).to(kept.dtype)
+    kept += leaves.sum(1).to(kept.dtype)
 
     # The ring takes the tokens of this chunk that are still in the window.
     first = max(0, n - w)

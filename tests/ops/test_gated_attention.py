@@ -158,7 +158,12 @@ def test_gradient_of_a_dropped_pair_is_zero_and_finite():
         ({"segment_ids": torch.zeros(8)}, ValueError, "segment_ids must have shape"),
         ({"sinks": torch.zeros(2)}, ValueError, "sinks must have shape"),
         ({"softcap": 0.0}, ValueError, "softcap must be positive"),
-        ({"implementation": "magic"}, ValueError, "unknown implementation 'magic'; known are flex, sdpa, reference"),
+        ({"implementation": "magic"}, ValueError, "'magic'; known are triton, flex, sdpa, reference"),
+        (
+            {"implementation": "triton"},
+            ValueError,
+            "runs on CUDA, or with TRITON_INTERPRET=1, and .* on cpu|not installed",
+        ),
         ({"implementation": "flex"}, ValueError, "runs on CUDA only, and the query is on cpu"),
     ],
 )

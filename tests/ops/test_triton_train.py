@@ -24,6 +24,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 SMALL = Tiles(*[Tile(16, 16, 4, 1)] * 3)
 # Uneven on purpose: more queries than keys, then more keys than queries.
 TALL = Tiles(Tile(32, 16, 4, 1), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1))
+DESCRIBED = Tiles(*[Tile(16, 16, 4, 1, described=True)] * 3)
 WIDE = Tiles(Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(32, 16, 4, 1))
 NAMES = ("out", "query", "key", "value", "log_gate", "sinks")
 
@@ -94,9 +95,14 @@ class Case:
             assert actual[name].shape == e.shape
             assert actual[name].isfinite().all(), name
             error, eager_error = ((x[name].double() - e).norm().item() for x in (actual, eager))
-            # A gradient that is exactly zero must come out so.
-            rounding = torch.finfo(dtype).eps * (e.norm().item() + e.numel() ** 0.5) if e.any() else 0.0
-            assert error <= 2 * eager_error + slack * rounding, (name, error, eager_error)
+            allowed = 2 * eager_error
+            if e.any():
+                allowed += slack * torch.finfo(dtype).eps * (e.norm().item() + e.numel() ** 0.5)
+            elif name in ("query", "key"):
+                # Where a query sees itself alone, its gradient is the difference of two equal sums of D products
+                # each, which are added up in float32 in another order.
+                allowed += torch.finfo(torch.float32).eps * (e.numel() * e.shape[-1]) ** 0.5
+            assert error <= allowed, (name, error, eager_error)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -123,7 +129,7 @@ def test_errs_no_more_than_an_eager_reference(dtype, options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("tiles", [TALL, WIDE])
+@pytest.mark.parametrize("tiles", [TALL, WIDE, DESCRIBED])
 def test_everything_at_once_and_uneven_tiles(dtype, tiles):
     Case(T=80, window=9, softcap=3.0, sinks=True, segments=torch.arange(80) // 47).check(dtype, tiles, slack=0.25)
 
@@ -134,13 +140,13 @@ def test_everything_at_once_and_uneven_tiles(dtype, tiles):
     Hkv=st.integers(1, 2),
     group=st.integers(1, 3),
     T=st.integers(1, 48),
-    D=st.sampled_from([8, 16, 20, 32]),
+    D=st.sampled_from([8, 16, 24, 32]),
     window=st.integers(1, 70),
     gate=st.sampled_from(["none", "soft", "hard", "dropped", "kept"]),
     softcap=st.sampled_from([None, 1.5]),
     sinks=st.booleans(),
     lengths=st.none() | st.lists(st.integers(1, 40), min_size=1, max_size=6),
-    tiles=st.sampled_from([SMALL, TALL, WIDE]),
+    tiles=st.sampled_from([SMALL, TALL, WIDE, DESCRIBED]),
     dtype=st.sampled_from([torch.float32, torch.float16]),
     seed=st.integers(0, 2**16),
 )

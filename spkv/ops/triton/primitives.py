@@ -31,6 +31,22 @@ def load_rows(base, first, stride, T, ROWS: tl.constexpr, D: tl.constexpr, WIDTH
 
 
 @triton.jit
+def load_tile(
+    matrices, b, h, first, stride_b, stride_h, stride_t, T,
+    ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, CHECK: tl.constexpr, DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """Rows first .. first + ROWS of matrix [b, h] of a [B, heads, T, D] tensor as a [ROWS, WIDTH] tile.
+
+    DESCRIBED: `matrices` is a tensor descriptor with blocks [1, 1, ROWS, WIDTH]. The copy engine then computes the
+    addresses and fills in the zeros, which costs no registers; strides and CHECK are not looked at.
+    """
+    if DESCRIBED:
+        return matrices.load([b.to(tl.int32), h.to(tl.int32), first, 0]).reshape(ROWS, WIDTH)
+    else:
+        return load_rows(matrices + b * stride_b + h * stride_h, first, stride_t, T, ROWS, D, WIDTH, CHECK)
+
+
+@triton.jit
 def store_rows(base, tile, first, stride, T, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
     """The inverse of `load_rows`; rounds to the matrix's dtype."""
     row, column = tl.arange(0, ROWS), tl.arange(0, WIDTH)
@@ -63,7 +79,8 @@ def scale_scores(products, scale, softcap, SOFTCAP: tl.constexpr):
     if SOFTCAP:
         bent = tanh(products * (scale / softcap))
         return bent * (softcap * LOG2_E), 1.0 - bent * bent
-    return products * (scale * LOG2_E), 1.0
+    else:  # not a bare return: the compiler wants one type from all returns that it sees
+        return products * (scale * LOG2_E), 1.0
 
 
 @triton.jit

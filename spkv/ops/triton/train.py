@@ -17,6 +17,7 @@ dS = P * (do v' - delta); the bias is added to S, so its gradient is dS summed o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,11 +25,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from spkv.ops.triton.primitives import (
     LOG2_E,
     dot,
     load_rows,
+    load_tile,
     mask_scores,
     online_softmax_update,
     scale_scores,
@@ -41,6 +45,7 @@ class Tile(NamedTuple):
     N: int  # keys
     warps: int
     stages: int
+    described: bool = False  # read through tensor descriptors (Hopper's copy engine) or through pointers
 
 
 class Tiles(NamedTuple):
@@ -49,19 +54,17 @@ class Tiles(NamedTuple):
     dkdv: Tile
 
 
-# Chosen for an H100 (227 KiB of shared memory and 64 Ki registers a multiprocessor) by what must fit, by the head size
-# rounded up to a power of two; not yet tuned by measurement.
-# - The walked operand is loaded `stages` deep, the owned one once; twice the owned rows means half the traffic.
-# - forward owns M queries and an accumulator M × D: 128 rows feed 2 warpgroups (8 warps) of 64 rows each; at 256 the
-#   accumulator alone is 128 registers a thread, so N shrinks.
-# - dkdv owns two accumulators N × D: at 128 they take 128 registers a thread, so it walks 64 queries at a time; at 256
-#   N halves, for the same registers.
-# - float32 runs without tensor cores ("ieee" products): small tiles, so that operands fit in registers.
+# Measured on an H100 (227 KiB of shared memory and 64 Ki registers a multiprocessor), by the head size rounded up to a
+# power of two; in brackets TFLOP/s of matrix work (not of useful work: the backward pass computes scores twice), at
+# 32/8 heads × 128 × 8,192 tokens and at 9/3 × 64 × 4,096. Two programs of 4 warps on a multiprocessor beat one of 8:
+# the softmax of one runs beside the products of the other. At 128, addresses in registers would spill, and descriptors
+# double the speed of dk, dv; at 64 there is room, and plain pointers are faster but for dq.
 _TILES_HALF = {
-    64: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
-    128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
-    256: Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
+    64: Tiles(Tile(64, 128, 4, 2), Tile(128, 64, 8, 2, True), Tile(64, 128, 8, 3)),  # 258, 317, 261
+    128: Tiles(Tile(128, 64, 4, 2, True), Tile(64, 64, 4, 2, True), Tile(64, 64, 4, 2, True)),  # 390, 446, 494
+    256: Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),  # not measured
 }
+# float32 runs without tensor cores ("ieee" products): small tiles, so that operands fit in registers.
 _TILES_FLOAT = {
     64: Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2)),
     128: Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
@@ -78,7 +81,7 @@ def _forward(
     H, T, window, scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     GATED: tl.constexpr, SEGMENTED: tl.constexpr, SINKS: tl.constexpr, SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     # Heads of a group run side by side and share their keys in L2; the longest rows start first.
     b, h = tl.program_id(0).to(tl.int64) // H, tl.program_id(0).to(tl.int64) % H
@@ -86,8 +89,6 @@ def _forward(
     first_row = block * M
     kv_head = h // GROUP
     Hkv = H // GROUP
-    k_ptr += b * k_b + kv_head * k_h
-    v_ptr += b * v_b + kv_head * v_h
     bias_ptr += (b * Hkv + kv_head) * T
     segments_ptr += b * T
     rows = first_row + tl.arange(0, M)
@@ -102,7 +103,7 @@ def _forward(
         full_start = tl.load(ranges_ptr + 1)
         row_segment = tl.load(segments_ptr + rows, mask=rows < T, other=0)
 
-    q = load_rows(q_ptr + b * q_b + h * q_h, first_row, q_t, T, M, D, WIDTH, True)
+    q = load_tile(q_ptr, b, h, first_row, q_b, q_h, q_t, T, M, D, WIDTH, True, DESCRIBED)
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     if SINKS:  # a key with a score and no value
@@ -121,7 +122,7 @@ def _forward(
             high = end
         for n in range(low, high):
             columns = n * N + tl.arange(0, N)
-            k = load_rows(k_ptr, n * N, k_t, T, N, D, WIDTH, part != 1)
+            k = load_tile(k_ptr, b, kv_head, n * N, k_b, k_h, k_t, T, N, D, WIDTH, part != 1, DESCRIBED)
             scores, _ = scale_scores(dot(q, k.T, PRECISION, UPCAST), scale, softcap, SOFTCAP)
             bias = 0.0
             if GATED:
@@ -136,7 +137,7 @@ def _forward(
                 distance = rows[:, None] - columns[None, :]
                 scores = mask_scores(scores, distance, bias, window, same_segment, GATED, SEGMENTED)
             weights, rescale, top, total = online_softmax_update(scores, top, total)
-            v = load_rows(v_ptr, n * N, v_t, T, N, D, WIDTH, part != 1)
+            v = load_tile(v_ptr, b, kv_head, n * N, v_b, v_h, v_t, T, N, D, WIDTH, part != 1, DESCRIBED)
             out = out * rescale[:, None] + dot(weights.to(v.dtype), v, PRECISION, UPCAST)
 
     # A query sees itself, so the sum is positive in every row that is stored.
@@ -160,12 +161,12 @@ def _delta(
 
 @triton.jit
 def _backward_dq(
-    q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr, lse_ptr, delta_ptr, bias_ptr, segments_ptr, ranges_ptr,
+    q_ptr, do_ptr, k_ptr, v_ptr, dq_ptr, lse_ptr, delta_ptr, bias_ptr, segments_ptr, ranges_ptr,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, do_b, do_h, do_t, dq_b, dq_h, dq_t,
     H, T, window, scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     GATED: tl.constexpr, SEGMENTED: tl.constexpr, SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Walks the keys as `_forward` does."""
     b, h = tl.program_id(0).to(tl.int64) // H, tl.program_id(0).to(tl.int64) % H
@@ -173,8 +174,6 @@ def _backward_dq(
     first_row = block * M
     kv_head = h // GROUP
     Hkv = H // GROUP
-    k_ptr += b * k_b + kv_head * k_h
-    v_ptr += b * v_b + kv_head * v_h
     bias_ptr += (b * Hkv + kv_head) * T
     segments_ptr += b * T
     rows = first_row + tl.arange(0, M)
@@ -189,8 +188,8 @@ def _backward_dq(
         full_start = tl.load(ranges_ptr + 1)
         row_segment = tl.load(segments_ptr + rows, mask=rows < T, other=0)
 
-    q = load_rows(q_ptr + b * q_b + h * q_h, first_row, q_t, T, M, D, WIDTH, True)
-    do = load_rows(do_ptr + b * do_b + h * do_h, first_row, do_t, T, M, D, WIDTH, True)
+    q = load_tile(q_ptr, b, h, first_row, q_b, q_h, q_t, T, M, D, WIDTH, True, DESCRIBED)
+    do = load_tile(do_ptr, b, h, first_row, do_b, do_h, do_t, T, M, D, WIDTH, True, DESCRIBED)
     # Rows past T get weights of exp2(-inf) = 0.
     lse = tl.load(lse_ptr + (b * H + h) * T + rows, mask=rows < T, other=float("inf"))[:, None]
     delta = tl.load(delta_ptr + (b * H + h) * T + rows, mask=rows < T, other=0.0)[:, None]
@@ -207,8 +206,8 @@ def _backward_dq(
             high = end
         for n in range(low, high):
             columns = n * N + tl.arange(0, N)
-            k = load_rows(k_ptr, n * N, k_t, T, N, D, WIDTH, part != 1)
-            v = load_rows(v_ptr, n * N, v_t, T, N, D, WIDTH, part != 1)
+            k = load_tile(k_ptr, b, kv_head, n * N, k_b, k_h, k_t, T, N, D, WIDTH, part != 1, DESCRIBED)
+            v = load_tile(v_ptr, b, kv_head, n * N, v_b, v_h, v_t, T, N, D, WIDTH, part != 1, DESCRIBED)
             scores, slope = scale_scores(dot(q, k.T, PRECISION, UPCAST), scale, softcap, SOFTCAP)
             bias = 0.0
             if GATED:
@@ -232,12 +231,12 @@ def _backward_dq(
 
 @triton.jit
 def _backward_dkdv(
-    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, bias_ptr, dbias_ptr, segments_ptr, ranges_ptr,
+    q_ptr, do_ptr, k_ptr, v_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, bias_ptr, dbias_ptr, segments_ptr, ranges_ptr,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, do_b, do_h, do_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
     Hkv, T, window, scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     GATED: tl.constexpr, SEGMENTED: tl.constexpr, SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Tiles of scores lie transposed here, [N, M], so that no product needs a transposed accumulator."""
     b, kv_head = tl.program_id(0).to(tl.int64) // Hkv, tl.program_id(0).to(tl.int64) % Hkv
@@ -260,8 +259,8 @@ def _backward_dkdv(
         end = tl.load(ranges_ptr + 1)
         column_segment = tl.load(segments_ptr + columns, mask=columns < T, other=0)
 
-    k = load_rows(k_ptr + b * k_b + kv_head * k_h, first_column, k_t, T, N, D, WIDTH, True)
-    v = load_rows(v_ptr + b * v_b + kv_head * v_h, first_column, v_t, T, N, D, WIDTH, True)
+    k = load_tile(k_ptr, b, kv_head, first_column, k_b, k_h, k_t, T, N, D, WIDTH, True, DESCRIBED)
+    v = load_tile(v_ptr, b, kv_head, first_column, v_b, v_h, v_t, T, N, D, WIDTH, True, DESCRIBED)
     bias = 0.0
     if GATED:
         bias = (tl.load(bias_ptr + columns, mask=columns < T, other=0.0) * LOG2_E)[:, None]
@@ -271,8 +270,6 @@ def _backward_dkdv(
 
     for g in range(GROUP):
         h = kv_head * GROUP + g
-        q_base = q_ptr + b * q_b + h * q_h
-        do_base = do_ptr + b * do_b + h * do_h
         lse_base = lse_ptr + (b * H + h) * T
         delta_base = delta_ptr + (b * H + h) * T
         for part in tl.static_range(0, 3 if SEGMENTED else 2):
@@ -286,8 +283,8 @@ def _backward_dkdv(
                 high = end
             for m in range(low, high):
                 rows = m * M + tl.arange(0, M)
-                q = load_rows(q_base, m * M, q_t, T, M, D, WIDTH, True)
-                do = load_rows(do_base, m * M, do_t, T, M, D, WIDTH, True)
+                q = load_tile(q_ptr, b, h, m * M, q_b, q_h, q_t, T, M, D, WIDTH, True, DESCRIBED)
+                do = load_tile(do_ptr, b, h, m * M, do_b, do_h, do_t, T, M, D, WIDTH, True, DESCRIBED)
                 lse = tl.load(lse_base + rows, mask=rows < T, other=float("inf"))[None, :]
                 delta = tl.load(delta_base + rows, mask=rows < T, other=0.0)[None, :]
                 scores, slope = scale_scores(dot(k, q.T, PRECISION, UPCAST), scale, softcap, SOFTCAP)
@@ -335,9 +332,9 @@ def gated_attention(
     if segment_ids is not None:
         segment_ids = segment_ids.to(torch.int8) if segment_ids.dtype == torch.bool else segment_ids.contiguous()
     return _GatedAttention.apply(  # type: ignore[no-any-return]
-        _rows_together(query),
-        _rows_together(key),
-        _rows_together(value),
+        _readable(query),
+        _readable(key),
+        _readable(value),
         None if log_gate is None else log_gate.float().contiguous(),
         None if sinks is None else sinks.float().contiguous(),
         segment_ids,
@@ -371,10 +368,10 @@ class _GatedAttention(torch.autograd.Function):
         tile = tiles.forward
         out = torch.empty_like(query)
         log_sum = torch.empty(B, H, T, dtype=torch.float32, device=query.device)
-        ranges = None if segment_ids is None else _key_ranges(segment_ids, tile, window)
+        ranges = None if segment_ids is None else _ranges(_key_ranges, segment_ids, tile, window)
         with torch.cuda.device_of(query):
             _forward[(B * H, triton.cdiv(T, tile.M))](
-                query, key, value, out, log_sum,
+                *_operands(tile, rows=(query,), columns=(key, value)), out, log_sum,
                 # Triton wants a pointer for what a constexpr switches off, too.
                 log_gate if gated else query, query if sinks is None else sinks,
                 query if segment_ids is None else segment_ids, query if ranges is None else ranges,
@@ -383,18 +380,20 @@ class _GatedAttention(torch.autograd.Function):
                 SINKS=sinks is not None,
                 **_constants(query, key, gated, segment_ids, softcap, tile),
             )  # fmt: skip
-        ctx.save_for_backward(query, key, value, log_gate, sinks, segment_ids, out, log_sum)
+        ctx.save_for_backward(query, key, value, log_gate, sinks, out, log_sum)
+        ctx.segment_ids = segment_ids  # the very tensor, which `_ranges` knows
         ctx.gated, ctx.window, ctx.scale, ctx.softcap, ctx.tiles = gated, window, scale, softcap, tiles
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, log_gate, sinks, segment_ids, out, log_sum = ctx.saved_tensors
+        query, key, value, log_gate, sinks, out, log_sum = ctx.saved_tensors
+        segment_ids = ctx.segment_ids
         gated, window, scale, softcap, tiles = ctx.gated, ctx.window, ctx.scale, ctx.softcap, ctx.tiles
         B, H, T, D = query.shape
         Hkv = key.shape[1]
-        grad_out = _rows_together(grad_out)
+        grad_out = _readable(grad_out)
         delta = torch.empty_like(log_sum)
         bias = log_gate if gated else query
         segments = query if segment_ids is None else segment_ids
@@ -409,10 +408,10 @@ class _GatedAttention(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 tile = tiles.dq
                 grad_query = torch.empty_like(query)
-                ranges = None if segment_ids is None else _key_ranges(segment_ids, tile, window)
+                ranges = None if segment_ids is None else _ranges(_key_ranges, segment_ids, tile, window)
                 _backward_dq[(B * H, triton.cdiv(T, tile.M))](
-                    query, key, value, grad_out, grad_query, log_sum, delta, bias, segments,
-                    query if ranges is None else ranges,
+                    *_operands(tile, rows=(query, grad_out), columns=(key, value)),
+                    grad_query, log_sum, delta, bias, segments, query if ranges is None else ranges,
                     *strides, *grad_query.stride()[:3], H, T, *options,
                     **_constants(query, key, gated, segment_ids, softcap, tile),
                 )  # fmt: skip
@@ -421,10 +420,11 @@ class _GatedAttention(torch.autograd.Function):
                 grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
                 if log_gate is not None:
                     grad_gate = torch.empty_like(log_gate) if gated else torch.zeros_like(log_gate)
-                ranges = None if segment_ids is None else _query_ranges(segment_ids, tile, window)
+                ranges = None if segment_ids is None else _ranges(_query_ranges, segment_ids, tile, window)
                 _backward_dkdv[(B * Hkv, triton.cdiv(T, tile.N))](
-                    query, key, value, grad_out, grad_key, grad_value, log_sum, delta, bias,
-                    grad_gate if gated else query, segments, query if ranges is None else ranges,
+                    *_operands(tile, rows=(query, grad_out), columns=(key, value)),
+                    grad_key, grad_value, log_sum, delta, bias, grad_gate if gated else query,
+                    segments, query if ranges is None else ranges,
                     *strides, *grad_key.stride()[:3], *grad_value.stride()[:3], Hkv, T, *options,
                     **_constants(query, key, gated, segment_ids, softcap, tile),
                 )  # fmt: skip
@@ -450,6 +450,7 @@ def _constants(
         # tf32 would cost float32 three digits; half precision does not look at this.
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         UPCAST=query.dtype == torch.bfloat16 and triton.knobs.runtime.interpret,
+        DESCRIBED=tile.described,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -465,12 +466,28 @@ def _choose_tiles(query: Tensor) -> Tiles:
     if D > MAX_HEAD_SIZE:
         raise ValueError(f"the Triton kernels take head sizes up to {MAX_HEAD_SIZE}, not {D}")
     table = _TILES_FLOAT if query.dtype == torch.float32 else _TILES_HALF
-    return table[max(64, _width(D))]
+    tiles = table[max(64, _width(D))]
+    if D * query.element_size() % 16:
+        return Tiles(*(tile._replace(described=False) for tile in tiles))
+    return tiles
 
 
-def _rows_together(tensor: Tensor) -> Tensor:
-    """The kernels take any strides but the last, which must be 1."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def _readable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy if its last stride is not 1 or a row may start off the 16 bytes that descriptors want."""
+    size = tensor.element_size()
+    rows = all(stride > 0 and stride * size % 16 == 0 for stride in tensor.stride()[:-1])
+    return tensor if tensor.stride(-1) == 1 and rows and tensor.data_ptr() % 16 == 0 else tensor.contiguous()
+
+
+def _operands(tile: Tile, *, rows: tuple[Tensor, ...], columns: tuple[Tensor, ...]) -> list[Any]:
+    """What a kernel reads its tiles from, [B, heads, T, D] each: tensors, or descriptors of M or N rows at a time."""
+    if not tile.described:
+        return [*rows, *columns]
+    sized = [(tensor, tile.M) for tensor in rows] + [(tensor, tile.N) for tensor in columns]
+    return [
+        TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, size, _width(tensor.shape[-1])])
+        for tensor, size in sized
+    ]
 
 
 def _segment_overlap(segment_ids: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
@@ -490,6 +507,21 @@ def _segment_overlap(segment_ids: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
     overlap = (q_low[:, :, None] <= k_high[:, None]) & (k_low[:, None] <= q_high[:, :, None])
     same = (q_low[:, :, None] == k_high[:, None]) & (k_low[:, None] == q_high[:, :, None])
     return overlap, same
+
+
+# Every layer of a model gets the same segments: segment ids -> {(function, tile, window, version): ranges}.
+_KNOWN_RANGES: Any = WeakTensorKeyDictionary()
+
+
+def _ranges(function: Callable[..., Tensor], segment_ids: Tensor, tile: Tile, window: int) -> Tensor:
+    """What `function` returns, remembered as long as the segment ids live."""
+    # Inference tensors count no changes in place, and allow none outside of inference mode.
+    version = 0 if segment_ids.is_inference() else segment_ids._version
+    known = _KNOWN_RANGES.setdefault(segment_ids, {})
+    name = (function.__name__, tile.M, tile.N, window, version)
+    if name not in known:
+        known[name] = function(segment_ids, tile, window)
+    return known[name]  # type: ignore[no-any-return]
 
 
 def _key_ranges(segment_ids: Tensor, tile: Tile, window: int) -> Tensor:

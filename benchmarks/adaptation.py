@@ -1,0 +1,150 @@
+"""Throughput of adaptation beside dense training of the same model by the same trainer.
+
+The model has the shape of SmolLM2-135M and random weights, and the tokens are random: time does not depend on them.
+`dense` is the model as transformers runs it (SDPA, without gates or predictors); the others train it to prune.
+
+    python -m benchmarks.run --suite adaptation --json FILE
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from peft.helpers import disable_input_dtype_casting
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+
+import spkv
+import spkv.hf.forward
+from spkv.training.adapt import _arguments
+from spkv.training.data import PackedRows, TrainingRows
+from spkv.training.parameters import prepare_parameters
+from spkv.training.recipes import Recipe, get_recipe
+from spkv.training.tokens import Tokens
+from spkv.training.trainer import AdaptationTrainer
+
+_WARM_UP_STEPS = 6
+
+
+class _StepTimes(TrainerCallback):
+    """Seconds of each step, the device's work included."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *arguments: Any, **keywords: Any) -> None:
+        torch.cuda.synchronize()
+        self._start = time.perf_counter()
+
+    def on_step_end(self, *arguments: Any, **keywords: Any) -> None:
+        torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self._start)
+
+
+@contextlib.contextmanager
+def _gated_attention_by(name: str) -> Iterator[None]:
+    original = spkv.hf.forward.gated_attention
+    spkv.hf.forward.gated_attention = functools.partial(original, implementation=name)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        spkv.hf.forward.gated_attention = original
+
+
+def smollm2_shape() -> LlamaForCausalLM:
+    """SmolLM2-135M with random weights, in float32."""
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config)
+
+
+def _tokens(count: int, document: int) -> Tokens:
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(5, 49000, count, dtype=np.uint16)
+    return Tokens(tokens, np.arange(0, count, document, dtype=np.int64), "")
+
+
+def measure(recipe: Recipe, attention: str, batch_size: int, steps: int) -> dict[str, Any]:
+    """Train for some steps; returns tokens a second and the milliseconds of the median step."""
+    base = smollm2_shape()
+    if recipe.lora_rank is not None:
+        base = base.to(torch.bfloat16)  # as `adapt` loads what LoRA leaves as it is
+    model: Any = prepare_parameters(spkv.attach(base, recipe.config()), recipe)
+    rows = _tokens(4 * recipe.tokens_per_step, document=10**9)  # one document: dense training attends across documents
+    with tempfile.TemporaryDirectory() as output, contextlib.ExitStack() as stack:
+        stack.enter_context(spkv.dense(model) if attention == "dense" else _gated_attention_by(attention))
+        stack.enter_context(disable_input_dtype_casting(model, active=recipe.lora_rank is not None))
+        args = _arguments(
+            output,  # type: ignore[arg-type]
+            recipe,
+            _WARM_UP_STEPS + steps,
+            batch_size=batch_size,
+            accumulation=recipe.tokens_per_step // recipe.sequence_length // batch_size,
+            save_every=10**9,
+            log_every=10**9,
+            seed=0,
+            progress=False,
+        )
+        wanted = args.max_steps * recipe.tokens_per_step // recipe.sequence_length
+        trainer = AdaptationTrainer(
+            model, args, recipe, TrainingRows(PackedRows(rows, recipe.sequence_length), wanted, 0)
+        )
+        times = _StepTimes()
+        trainer.add_callback(times)
+        trainer.train()
+    median = statistics.median(times.seconds[_WARM_UP_STEPS:])
+    return {
+        "attention": attention,
+        "batch_size": batch_size,
+        "milliseconds_per_step": 1e3 * median,
+        "tokens_per_second": recipe.tokens_per_step / median,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+    }
+
+
+def rows(
+    steps: int = 14, batch_size: int = 8, report: Callable[[dict[str, Any]], None] = print
+) -> list[dict[str, Any]]:
+    """Measure dense training and adaptation; each row names its share of the dense throughput."""
+    found = []
+    for training, lora_rank in (("full", None), ("LoRA", 24)):
+        dense = None
+        for attention in ("dense", "triton", "flex"):
+            name = "dense-control" if attention == "dense" else "fast"
+            # The anneal and the hard phase cost the same; soft gates for all steps keep the steps alike.
+            changes: dict[str, Any] = dict(steps=_WARM_UP_STEPS + steps, soft_fraction=1.0, anneal_steps=0)
+            if lora_rank:
+                changes["lora_rank"] = lora_rank
+            torch.cuda.reset_peak_memory_stats()
+            row = {"training": training, **measure(get_recipe(name, **changes), attention, batch_size, steps)}
+            dense = dense or row["tokens_per_second"]
+            row["versus_dense"] = row["tokens_per_second"] / dense
+            found.append(row)
+            report(row)
+            torch.cuda.empty_cache()
+    return found
+
+
+def main() -> None:
+    rows(report=lambda row: print(row, flush=True))
+
+
+if __name__ == "__main__":
+    main()
