@@ -7,8 +7,6 @@ w window. Heads h of the group h // (H / Hkv) share a KV head, and so a gate.
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -38,12 +36,13 @@ def _needs_cpu(arguments: dict[str, Any]) -> str | None:
     return None if device.type == "cpu" else f"it runs on CPU only, and the query is on {device}"
 
 
-def _triton_gated_attention(arguments: dict[str, Any]) -> str | None:
-    return needs_triton(arguments["query"]) or ("it needs a token" if not arguments["query"].shape[2] else None)
+# What a program gets on the GPU that the tiles of these kernels were chosen for, an H100.
+_HOPPER_SHARED_MEMORY = 227 * 1024
 
 
-def _triton_prefill(arguments: dict[str, Any]) -> str | None:
-    return _triton_gated_attention(arguments)
+def _triton_attention(arguments: dict[str, Any]) -> str | None:
+    query = arguments["query"]
+    return needs_triton(query, _HOPPER_SHARED_MEMORY) or ("it needs a token" if not query.shape[2] else None)
 
 
 def _triton_decode(arguments: dict[str, Any]) -> str | None:
@@ -53,13 +52,13 @@ def _triton_decode(arguments: dict[str, Any]) -> str | None:
 
 
 _GATED_ATTENTION = (
-    Implementation("triton", _function("triton.train", "gated_attention"), _triton_gated_attention),
+    Implementation("triton", _function("triton.train", "gated_attention"), _triton_attention),
     Implementation("flex", _function("flex", "gated_attention"), _needs_cuda),
     Implementation("sdpa", _function("sdpa", "gated_attention")),
     Implementation("reference", _function("reference", "gated_attention")),
 )
 _PRUNED_PREFILL = (
-    Implementation("triton", _function("triton.prefill", "pruned_prefill"), _triton_prefill),
+    Implementation("triton", _function("triton.prefill", "pruned_prefill"), _triton_attention),
     Implementation("flex", _function("flex", "pruned_prefill"), _needs_cuda),
     Implementation("sdpa", _function("sdpa", "pruned_prefill")),
     Implementation("reference", _function("reference", "pruned_prefill")),
@@ -209,17 +208,8 @@ def packed_decode(
     return choose("packed_decode", _PACKED_DECODE, implementation, arguments)(**arguments)
 
 
-def _needs_triton_write(arguments: dict[str, Any]) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    device = arguments["key"].device
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"it runs on CUDA only, and the key is on {device}"
-    return None
-
-
 _WRITE = (
-    Implementation("triton", _function("triton.write", "write"), _needs_triton_write),
+    Implementation("triton", _function("triton.write", "write"), lambda arguments: needs_triton(arguments["key"])),
     Implementation("reference", _function("reference", "write")),
 )
 
@@ -254,8 +244,6 @@ def write(
     _check_bool("keep", keep, (B, Hkv, T))
     if valid is not None:
         _check_bool("valid", valid, (B, T))
-    if implementation is None and not key.is_cuda:
-        implementation = "reference"  # Triton's interpreter can run elsewhere, but is for tests
     arguments = dict(packed=packed, key=key, value=value, keep=keep, valid=valid)
     choose("write", _WRITE, implementation, arguments)(**arguments)
 

@@ -53,8 +53,13 @@ def choose(
     raise ValueError(f"{operator}: unknown implementation {name!r}; known are {known}")
 
 
-def needs_triton(tensor: Tensor) -> str | None:
-    """Why the Triton kernels cannot run a tensor [..., D], or None. TRITON_INTERPRET=1 lets them run on a CPU."""
+def needs_triton(tensor: Tensor, shared_memory: int = 0) -> str | None:
+    """Why the Triton kernels cannot run a tensor [..., D], or None. TRITON_INTERPRET=1 lets them run on a CPU.
+
+    Args:
+        tensor: one of the operator's.
+        shared_memory: bytes of it that a program may take at most.
+    """
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -63,4 +68,11 @@ def needs_triton(tensor: Tensor) -> str | None:
         return f"it takes float16, bfloat16 and float32, not {tensor.dtype}"
     if tensor.shape[-1] > _MAX_HEAD_SIZE:
         return f"it takes head sizes up to {_MAX_HEAD_SIZE}, not {tensor.shape[-1]}"
+    if tensor.is_cuda:
+        properties: Any = torch.cuda.get_device_properties(tensor.device)
+        if properties.shared_memory_per_block_optin < shared_memory:
+            return (
+                f"its tiles take up to {shared_memory} bytes of shared memory, and {properties.name} gives a program "
+                f"{properties.shared_memory_per_block_optin}"
+            )
     return None

@@ -53,7 +53,9 @@ def run(cache, text, schedule, *, poisoned=True, **options):
     done = [0] * B
     for counts in schedule:
         width = max(counts)
-        valid = torch.tensor([[column >= width - n for column in range(width)] for n in counts])
+        valid = torch.tensor(
+            [[column >= width - n for column in range(width)] for n in counts], device=text.query.device
+        )
         padding = None if bool(valid.all()) else valid
         for layer in range(layers):
             chunks = []

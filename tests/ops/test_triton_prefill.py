@@ -60,7 +60,8 @@ def fill(chunks, *, B, Hkv, D, window, P, density, dtype=torch.float32, layers=2
 
 
 def poisoned_past(past):
-    """The same pairs in a pool whose other slots are NaN, and a table whose other entries point far out of it."""
+    """The same pairs in a pool whose other slots are NaN, a table whose other entries point far out of it, and a ring
+    whose other slots claim to be kept."""
     P, table = past.page_size, past.table.clone()
     slot = torch.arange(table.shape[1] * P, device=DEVICE)
     held = slot < past.seen.clamp_max(past.window).repeat_interleave(past.kv_heads)[:, None]
@@ -70,7 +71,8 @@ def poisoned_past(past):
     page = table[chain, slot // P].long()
     pool[page, :, slot % P] = past.pool[page, :, slot % P]
     table[~held.view(*table.shape, P).any(-1)] = 2**30
-    return dataclasses.replace(past, pool=pool, table=table)
+    unused = torch.arange(past.window, device=DEVICE) >= past.seen.repeat_interleave(past.kv_heads)[:, None]
+    return dataclasses.replace(past, pool=pool, table=table, ring_keep=past.ring_keep | unused)
 
 
 @contextlib.contextmanager

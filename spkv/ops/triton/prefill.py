@@ -71,7 +71,7 @@ class Recent(NamedTuple):
         rank: [C, L] int32, kept pairs up to and including each recent index.
         offset: recent index of the chunk's first token.
         order: [B, T] int32, the chunk's valid columns, then others; None: all are valid.
-        count: [B] int32, n; None with `order`.
+        tokens: [B] int32, n; None with `order`.
     """
 
     key: Tensor
@@ -81,7 +81,7 @@ class Recent(NamedTuple):
     rank: Tensor
     offset: int
     order: Tensor | None
-    count: Tensor | None
+    tokens: Tensor | None
 
 
 def pruned_prefill(
@@ -129,12 +129,12 @@ def collect(
     """Bring a chunk's recent pairs together: those for the near walk, and the kept ones for the far walk."""
     B, Hkv, T, D = key.shape
     key, value = _rows_together(key), _rows_together(value)
-    order = count = None
+    order = tokens = None
     if valid is not None:
         # Valid columns first, in order: near keys are then neighbours, whatever lies between them.
         order = valid.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-        count = valid.sum(1, dtype=torch.int32)
-        keep = keep.gather(2, order[:, None].expand(-1, Hkv, -1)) & (_range(T, key) < count[:, None])[:, None]
+        tokens = valid.sum(1, dtype=torch.int32)
+        keep = keep.gather(2, order[:, None].expand(-1, Hkv, -1)) & (_range(T, key) < tokens[:, None])[:, None]
         order = order.to(torch.int32)
     offset = 0
     if past is not None:
@@ -157,14 +157,14 @@ def collect(
     if pairs:
         with _on_device_of(key):
             _collect[(B * Hkv * triton.cdiv(pairs, rows),)](
-                key, value, rank, order, count, *_pages(past),
+                key, value, rank, order, tokens, *_pages(past),
                 near_key if copied else None, near_value if copied else None, far_key, far_value,
                 *key.stride()[:3], *value.stride()[:3], *_page_strides(past),
                 B * Hkv, T, L, window, offset,
                 Hkv=Hkv, D=D, WIDTH=_width(D), P=1 if past is None else past.page_size, ROWS=rows,
                 num_warps=4,
             )  # fmt: skip
-    return Recent(near_key, near_value, far_key, far_value, rank, offset, order, count)
+    return Recent(near_key, near_value, far_key, far_value, rank, offset, order, tokens)
 
 
 def attend(
@@ -192,7 +192,7 @@ def attend(
     with _on_device_of(query):
         _attend[(lanes * triton.cdiv(T, tile.M // heads),)](
             query, out, recent.key, recent.value, recent.far_key, recent.far_value, recent.rank,
-            recent.order, recent.count, *_pages(past), None if past is None else past.kept,
+            recent.order, recent.tokens, *_pages(past), None if past is None else past.kept,
             None if sinks is None else sinks.contiguous(),
             *query.stride()[:3], *out.stride()[:3], *recent.key.stride()[:3], *recent.value.stride()[:3],
             *_page_strides(past), 0 if past is None else past.ring_pages,

@@ -56,13 +56,14 @@ class Tiles(NamedTuple):
 
 # Measured on an H100 (227 KiB of shared memory and 64 Ki registers a multiprocessor), by the head size rounded up to a
 # power of two; in brackets TFLOP/s of matrix work (not of useful work: the backward pass computes scores twice), at
-# 32/8 heads × 128 × 8,192 tokens and at 9/3 × 64 × 4,096. Two programs of 4 warps on a multiprocessor beat one of 8:
-# the softmax of one runs beside the products of the other. At 128, addresses in registers would spill, and descriptors
-# double the speed of dk, dv; at 64 there is room, and plain pointers are faster but for dq.
+# 32/8 heads × 128 and 16/8 × 256 at 8,192 tokens, and 9/3 × 64 at 4,096. Two programs of 4 warps on a multiprocessor
+# beat one of 8: the softmax of one runs beside the products of the other. At 128, addresses in registers would spill,
+# and descriptors double the speed of dk, dv; at 64 there is room, and plain pointers are faster but for dq. Reading the
+# gate's bias costs the forward pass a fifth at 128 (461 without).
 _TILES_HALF = {
     64: Tiles(Tile(64, 128, 4, 2), Tile(128, 64, 8, 2, True), Tile(64, 128, 8, 3)),  # 258, 317, 261
     128: Tiles(Tile(128, 64, 4, 2, True), Tile(64, 64, 4, 2, True), Tile(64, 64, 4, 2, True)),  # 390, 446, 494
-    256: Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),  # not measured
+    256: Tiles(Tile(128, 64, 8, 2, True), Tile(128, 32, 8, 2), Tile(64, 64, 8, 2, True)),  # 405, 371, 250
 }
 # float32 runs without tensor cores ("ieee" products): small tiles, so that operands fit in registers.
 _TILES_FLOAT = {
