@@ -3,17 +3,22 @@
 The model has the shape of SmolLM2-135M and random weights, and the tokens are random: time does not depend on them.
 `dense` is the model as transformers runs it (SDPA, without gates or predictors); the others train it to prune.
 
-    python -m benchmarks.run --suite adaptation --json FILE
+    python -m benchmarks.adaptation --json FILE
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
+import importlib.metadata
+import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -143,7 +148,20 @@ def rows(
 
 
 def main() -> None:
-    rows(report=lambda row: print(row, flush=True))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="file for the result")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("the throughput of adaptation is measured on a CUDA device, and there is none here")
+    result = {
+        "device": torch.cuda.get_device_name(),
+        "command": "python -m benchmarks.adaptation",
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "triton", "transformers")},
+        "rows": rows(report=lambda row: print(row, file=sys.stderr, flush=True)),
+    }
+    print(json.dumps(result))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

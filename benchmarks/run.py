@@ -120,7 +120,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="measure FlashInfer too. It first compiles its kernels with nvcc, for minutes unless its cache holds "
         f"them; those not ready after SECONDS (default {_FLASHINFER_SECONDS:g}) are left out",
     )
-    parser.add_argument("--commit", help="to record where git does not tell")
+    parser.add_argument("--commit", help="to record; default: what git says")
     return parser.parse_args(argv)
 
 
@@ -140,7 +140,7 @@ def _environment(options: argparse.Namespace) -> dict[str, Any]:
         commit = ""
     return {
         "device": torch.cuda.get_device_name(),
-        "commit": commit or options.commit,
+        "commit": options.commit or commit,
         "command": "python -m benchmarks.run " + " ".join(sys.argv[1:]),
         "versions": {
             "spkv": spkv.__version__,
