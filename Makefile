@@ -11,7 +11,7 @@ demo: install
 
 test: install lint types
 	$(BIN)/pytest -n auto --dist worksteal
-	TRITON_INTERPRET=1 $(BIN)/pytest -n auto --dist worksteal tests/ops -k triton
+	TRITON_INTERPRET=1 $(BIN)/pytest -n auto --dist worksteal tests/ops/test_triton_*.py
 
 lint: install
 	$(BIN)/ruff check .
