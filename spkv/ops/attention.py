@@ -36,19 +36,50 @@ def _needs_cpu(arguments: dict[str, Any]) -> str | None:
     return None if device.type == "cpu" else f"it runs on CPU only, and the query is on {device}"
 
 
-# What a program gets on the GPU that the tiles of these kernels were chosen for, an H100.
-_HOPPER_SHARED_MEMORY = 227 * 1024
+# What a program gets on the GPU that the tiles of `gated_attention` and `pruned_prefill` were chosen for, an H100.
+_TUNED_SHARED_MEMORY = 227 * 1024
+_DECODE_SHARED_MEMORY = 96 * 1024
+_MOST_QUERIES_OF_A_CHAIN = 32
 
 
 def _triton_attention(arguments: dict[str, Any]) -> str | None:
     query = arguments["query"]
-    return needs_triton(query, _HOPPER_SHARED_MEMORY) or ("it needs a token" if not query.shape[2] else None)
+    return needs_triton(query, _TUNED_SHARED_MEMORY) or (None if query.numel() else "it needs a token")
+
+
+def _triton_prefill(arguments: dict[str, Any]) -> str | None:
+    past = arguments["past"]
+    return (
+        _triton_attention(arguments) or _wants_gradients(arguments) or (None if past is None else _other_layout(past))
+    )
 
 
 def _triton_decode(arguments: dict[str, Any]) -> str | None:
     query, packed = arguments["query"], arguments["packed"]
     group = query.shape[1] // packed.kv_heads
-    return needs_triton(query) or (f"it takes groups of up to 32 queries, not {group}" if group > 32 else None)
+    if group > _MOST_QUERIES_OF_A_CHAIN:
+        return f"it takes groups of up to {_MOST_QUERIES_OF_A_CHAIN} queries, not {group}"
+    return needs_triton(query, _DECODE_SHARED_MEMORY) or _wants_gradients(arguments) or _other_layout(packed)
+
+
+def _triton_write(arguments: dict[str, Any]) -> str | None:
+    return needs_triton(arguments["key"]) or _other_layout(arguments["packed"])
+
+
+def _wants_gradients(arguments: dict[str, Any]) -> str | None:
+    wanted = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments.values())
+    return "it has no backward pass, and a gradient is asked for; call it under torch.no_grad()" if wanted else None
+
+
+def _other_layout(packed: PackedLayer) -> str | None:
+    lengths = packed.seen, packed.kept
+    if packed.pool.stride(-1) != 1 or packed.table.stride(-1) != 1 or packed.ring_keep.stride(-1) != 1:
+        return "it wants pool, table and ring_keep with a last stride of 1"
+    if not all(tensor.is_contiguous() for tensor in lengths):
+        return "it wants contiguous seen and kept"
+    if any(tensor.dtype != torch.int32 for tensor in (packed.table, *lengths)):
+        return "it wants table, seen and kept in int32"
+    return None
 
 
 _GATED_ATTENTION = (
@@ -58,7 +89,7 @@ _GATED_ATTENTION = (
     Implementation("reference", _function("reference", "gated_attention")),
 )
 _PRUNED_PREFILL = (
-    Implementation("triton", _function("triton.prefill", "pruned_prefill"), _triton_attention),
+    Implementation("triton", _function("triton.prefill", "pruned_prefill"), _triton_prefill),
     Implementation("flex", _function("flex", "pruned_prefill"), _needs_cuda),
     Implementation("sdpa", _function("sdpa", "pruned_prefill")),
     Implementation("reference", _function("reference", "pruned_prefill")),
@@ -115,6 +146,7 @@ def gated_attention(
             raise TypeError(f"log_gate must be floating point, not {log_gate.dtype}")
     if segment_ids is not None:
         _check_shape("segment_ids", segment_ids, (B, T))
+    _check_devices(query.device, key=key, value=value, log_gate=log_gate, segment_ids=segment_ids, sinks=sinks)
     arguments = dict(
         query=query, key=key, value=value, log_gate=log_gate, segment_ids=segment_ids, softcap=softcap, sinks=sinks
     )
@@ -137,6 +169,8 @@ def pruned_prefill(
     implementation: str | None = None,
 ) -> Tensor:
     """Attention of a chunk with hard gates against what the cache holds and itself; its cost follows density.
+
+    Triton's has no backward pass, and is not chosen where a gradient is asked for.
 
     Args:
         query: [B, H, T, D], the chunk's queries.
@@ -164,6 +198,8 @@ def pruned_prefill(
         _check_packed(past, key)
         if past.window != window:
             raise ValueError(f"window is {window}, but the cache was filled with window {past.window}")
+    pool = None if past is None else past.pool
+    _check_devices(query.device, key=key, value=value, keep=keep, valid=valid, sinks=sinks, pool=pool)
     arguments = dict(query=query, key=key, value=value, keep=keep, past=past, valid=valid, softcap=softcap, sinks=sinks)
     arguments |= dict(window=window, scale=query.shape[-1] ** -0.5 if scale is None else scale)
     return choose("pruned_prefill", _PRUNED_PREFILL, implementation, arguments)(**arguments)
@@ -203,13 +239,14 @@ def packed_decode(
     if packed.pool.dtype != query.dtype:
         raise TypeError(f"query is {query.dtype}, but the cache holds {packed.pool.dtype}")
     _check_options(H, softcap, sinks)
+    _check_devices(query.device, pool=packed.pool, sinks=sinks)
     arguments = dict(query=query, packed=packed, softcap=softcap, sinks=sinks)
     arguments |= dict(scale=D**-0.5 if scale is None else scale)
     return choose("packed_decode", _PACKED_DECODE, implementation, arguments)(**arguments)
 
 
 _WRITE = (
-    Implementation("triton", _function("triton.write", "write"), lambda arguments: needs_triton(arguments["key"])),
+    Implementation("triton", _function("triton.write", "write"), _triton_write),
     Implementation("reference", _function("reference", "write")),
 )
 
@@ -244,6 +281,7 @@ def write(
     _check_bool("keep", keep, (B, Hkv, T))
     if valid is not None:
         _check_bool("valid", valid, (B, T))
+    _check_devices(key.device, value=value, keep=keep, valid=valid, pool=packed.pool)
     arguments = dict(packed=packed, key=key, value=value, keep=keep, valid=valid)
     choose("write", _WRITE, implementation, arguments)(**arguments)
 
@@ -270,6 +308,12 @@ def _check_attention(
     if isinstance(window, bool) or not isinstance(window, int) or window < 1:
         raise ValueError(f"window must be a whole number of at least 1, not {window!r}")
     _check_options(query.shape[1], softcap, sinks)
+
+
+def _check_devices(expected: torch.device, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != expected:
+            raise ValueError(f"{name} is on {tensor.device}, and the other tensors are on {expected}")
 
 
 def _check_options(heads: int, softcap: float | None, sinks: Tensor | None) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +42,7 @@ def choose(
     if name is None:
         for implementation in implementations:
             if implementation.obstacle(arguments) is None:
+                _warn_of_reference(operator, implementations, implementation, arguments)
                 return implementation.load()
         reasons = "; ".join(f"{i.name}: {i.obstacle(arguments)}" for i in implementations)
         raise ValueError(f"no implementation of {operator} can run these arguments: {reasons}")
@@ -53,6 +56,26 @@ def choose(
     raise ValueError(f"{operator}: unknown implementation {name!r}; known are {known}")
 
 
+def _warn_of_reference(
+    operator: str, implementations: tuple[Implementation, ...], chosen: Implementation, arguments: dict[str, Any]
+) -> None:
+    """Say what keeps a GPU from the faster implementations; Python shows the same warning once."""
+    if chosen.name == "reference" and any(isinstance(a, Tensor) and a.is_cuda for a in arguments.values()):
+        reasons = "; ".join(f"{i.name}: {i.obstacle(arguments)}" for i in implementations if i is not chosen)
+        warnings.warn(f"{operator} runs as the eager reference, which is slow on a GPU. {reasons}", stacklevel=4)
+
+
+@functools.cache
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
+
+
 def needs_triton(tensor: Tensor, shared_memory: int = 0) -> str | None:
     """Why the Triton kernels cannot run a tensor [..., D], or None. TRITON_INTERPRET=1 lets them run on a CPU.
 
@@ -60,7 +83,7 @@ def needs_triton(tensor: Tensor, shared_memory: int = 0) -> str | None:
         tensor: one of the operator's.
         shared_memory: bytes of it that a program may take at most.
     """
-    if importlib.util.find_spec("triton") is None:
+    if not _is_installed("triton"):
         return "the package triton is not installed"
     if tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"it runs on CUDA, or with TRITON_INTERPRET=1, and the tensors are on {tensor.device}"
@@ -68,11 +91,9 @@ def needs_triton(tensor: Tensor, shared_memory: int = 0) -> str | None:
         return f"it takes float16, bfloat16 and float32, not {tensor.dtype}"
     if tensor.shape[-1] > _MAX_HEAD_SIZE:
         return f"it takes head sizes up to {_MAX_HEAD_SIZE}, not {tensor.shape[-1]}"
-    if tensor.is_cuda:
-        properties: Any = torch.cuda.get_device_properties(tensor.device)
-        if properties.shared_memory_per_block_optin < shared_memory:
-            return (
-                f"its tiles take up to {shared_memory} bytes of shared memory, and {properties.name} gives a program "
-                f"{properties.shared_memory_per_block_optin}"
-            )
+    if tensor.is_cuda and _shared_memory(tensor.device) < shared_memory:
+        return (
+            f"its tiles take up to {shared_memory} bytes of shared memory, and {tensor.device} gives a program "
+            f"{_shared_memory(tensor.device)}"
+        )
     return None

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spkv.cache.packed import PackedCache
-from spkv.ops import reference
+from spkv.ops import attention, reference
 from spkv.ops.packed import PackedLayer
 
 pytest.importorskip("triton")
@@ -214,3 +214,31 @@ def test_a_pool_of_more_than_two_to_the_31_elements():
     query = torch.randn(1, 4, 1, D, device=DEVICE, dtype=torch.bfloat16)
     actual = packed_decode(query, dataclasses.replace(small, pool=pool, table=table), scale=0.1)
     assert torch.equal(actual, packed_decode(query, small, scale=0.1))
+
+
+def test_sinks_of_any_strides(relative_error):
+    packed = fill([40], [25, 3], Hkv=2, D=16, window=9)
+    query = torch.randn(1, 4, 1, 16, device=DEVICE)
+    for sinks in (torch.randn(8, device=DEVICE)[::2], torch.full((1,), 1.5, device=DEVICE).expand(4)):
+        check(
+            packed_decode(query, packed, scale=0.5, sinks=sinks), query, packed, relative_error, scale=0.5, sinks=sinks
+        )
+
+
+def test_what_it_cannot_run_is_said():
+    packed = fill([40], [25, 3], Hkv=2, D=16, window=9)
+    query = torch.randn(1, 4, 1, 16, device=DEVICE)
+
+    def run(query, packed):
+        return attention.packed_decode(query, packed, implementation="triton")
+
+    assert torch.equal(run(query, packed), packed_decode(query, packed, scale=0.25))
+    with pytest.raises(ValueError, match="no backward pass, and a gradient is asked for"):
+        run(query.requires_grad_(), packed)
+    query = query.detach()
+    with pytest.raises(ValueError, match="groups of up to 32 queries, not 40"):
+        run(torch.randn(1, 80, 1, 16, device=DEVICE), packed)
+    with pytest.raises(ValueError, match="table, seen and kept in int32"):
+        run(query, dataclasses.replace(packed, kept=packed.kept.long()))
+    with pytest.raises(ValueError, match="last stride of 1"):
+        run(query, dataclasses.replace(packed, pool=packed.pool.transpose(2, 3).contiguous().transpose(2, 3)))

@@ -248,6 +248,26 @@ def test_only_the_gradients_asked_for():
     assert key.grad is None
 
 
+def test_a_view_that_starts_off_16_bytes():
+    case = Case()
+    leaves = [t.float() for t in (case.query, case.key, case.value)]
+    shifted = [torch.cat([t.new_zeros(1), t.flatten()])[1:].view_as(t) for t in leaves]
+    plain, view = (
+        train.gated_attention(*t, case.log_gate.float(), **case.options, tiles=DESCRIBED) for t in (leaves, shifted)
+    )
+    assert torch.equal(plain, view)
+
+
+def test_segments_changed_before_the_backward_pass_are_refused():
+    case = Case(segments=torch.arange(53) // 20)
+    case.segment_ids = case.options["segment_ids"] = case.segment_ids.contiguous()
+    query = case.query.float().requires_grad_()
+    out = train.gated_attention(query, case.key.float(), case.value.float(), None, **case.options, tiles=SMALL)
+    case.segment_ids.zero_()
+    with pytest.raises(RuntimeError, match="changed in place"):
+        out.sum().backward()
+
+
 def test_a_head_too_large_is_named():
     tensor = torch.zeros(1, 1, 4, 320, device=DEVICE)
     with pytest.raises(ValueError, match="head sizes up to 256, not 320"):

@@ -17,8 +17,6 @@ order of the programs: results do not change from run to run.
 
 from __future__ import annotations
 
-import contextlib
-import os
 from dataclasses import dataclass
 
 import torch
@@ -27,9 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from spkv.ops.packed import PackedLayer
-
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+from spkv.ops.triton.launch import INTERPRETED, on_device_of, padded
+from spkv.ops.triton.primitives import LOG2_E, dot, tanh
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ def packed_decode(
 
 def choose_tile(query: Tensor) -> Tile:
     """The row of the table for a query's head size and dtype."""
-    tile = _TILES[_padded(query.shape[3])]
+    tile = _TILES[padded(query.shape[3])]
     if query.element_size() == 4:
         return Tile(tile.slots // 2, tile.warps, tile.stages, tile.programs_per_sm)
     return tile
@@ -106,34 +103,29 @@ def decode_with(
     B, H, _, D = query.shape
     C, Hkv, pool, table = packed.kept.shape[0], packed.kv_heads, packed.pool, packed.table
     G = H // Hkv
-    assert packed.seen.is_contiguous()
-    assert packed.kept.is_contiguous()
     if query.stride(3) != 1:
         query = query.contiguous()
+    if sinks is not None:
+        sinks = sinks.contiguous()
     out = torch.empty(B, H, 1, D, dtype=query.dtype, device=query.device)
     rows = programs + C - 1
     acc = torch.empty(rows, G, D, dtype=torch.float32, device=query.device)
     m, l = torch.empty(2, rows, G, dtype=torch.float32, device=query.device)  # noqa: E741
     span = torch.empty(C, 2, dtype=torch.int32, device=query.device)
-    # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
+    with on_device_of(query):
         _attend[(programs,)](
             query, pool, table, packed.seen, packed.kept, acc, m, l, span,
             C, packed.window, packed.ring_pages * packed.page_size, float(scale), float(softcap or 1.0),
             query.stride(0), query.stride(1), pool.stride(0), pool.stride(1), pool.stride(2), table.stride(0),
             Hkv=Hkv, G=G, D=D, P=packed.page_size, N=tile.slots, M=max(16, triton.next_power_of_2(G)),
-            D_PAD=_padded(D), SCANNED=min(_SCANNED, triton.next_power_of_2(C)), SOFTCAP=softcap is not None,
-            INTERPRETED=_INTERPRETED, num_warps=tile.warps, num_stages=tile.stages,
+            D_PAD=padded(D), SCANNED=min(_SCANNED, triton.next_power_of_2(C)), SOFTCAP=softcap is not None,
+            UPCAST=INTERPRETED, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         _merge[(C, G)](
             acc, m, l, span, packed.seen, packed.kept, sinks, out, C, packed.window,
-            Hkv=Hkv, G=G, D=D, D_PAD=_padded(D), MERGED=_MERGED, num_warps=4,
+            Hkv=Hkv, G=G, D=D, D_PAD=padded(D), MERGED=_MERGED, num_warps=4,
         )  # fmt: skip
     return out
-
-
-def _padded(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
 
 
 @triton.jit
@@ -159,24 +151,6 @@ def _locate(tile, seen, kept, C, window, Hkv: tl.constexpr, N: tl.constexpr, SCA
     return chain, first
 
 
-@triton.jit
-def _tanh(x):
-    # The quotient alone would cancel for small x; the series is exact to float32 there.
-    square = x * x
-    series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
-    e = tl.exp(-2 * tl.abs(x))
-    quotient = (1 - e) / (1 + e)
-    return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0, -quotient, quotient))
-
-
-@triton.jit
-def _dot(a, b, INTERPRETED: tl.constexpr):
-    # Triton's interpreter multiplies bfloat16 wrongly. "ieee": float32 inputs are not rounded to tf32.
-    if INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
-
-
 # Neither lengths nor the alignment of one layer's rows of a table may ask for a compilation of their own.
 _VARYING = ("C", "window", "ring_slots", "query_stride_b", "table_stride")
 
@@ -187,7 +161,7 @@ def _attend(
     C, window, ring_slots, scale, softcap,
     query_stride_b, query_stride_h, pool_stride_page, pool_stride_half, pool_stride_slot, table_stride,
     Hkv: tl.constexpr, G: tl.constexpr, D: tl.constexpr, P: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
-    D_PAD: tl.constexpr, SCANNED: tl.constexpr, SOFTCAP: tl.constexpr, INTERPRETED: tl.constexpr,
+    D_PAD: tl.constexpr, SCANNED: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Each program: the online softmax of its piece of the line of work, one state for every chain it meets."""
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -226,16 +200,16 @@ def _attend(
             mask = holds[:, None] & (d[None, :] < D)
             k = tl.load(pair, mask=mask, other=0.0)  # [N, D_PAD]
             v = tl.load(pair + pool_stride_half, mask=mask, other=0.0)
-            s = _dot(q, tl.trans(k), INTERPRETED) * scale  # [M, N]
+            s = dot(q, tl.trans(k), "ieee", UPCAST) * scale  # [M, N]
             if SOFTCAP:
-                s = softcap * _tanh(s / softcap)
-            s = tl.where(holds[None, :], s * _LOG2E, float("-inf"))
+                s = softcap * tanh(s / softcap)
+            s = tl.where(holds[None, :], s * LOG2_E, float("-inf"))
             # A tile holds at least one pair, so the new maximum is finite.
             m_new = tl.maximum(m, tl.max(s, 1))
             p = tl.exp2(s - m_new[:, None])
             fade = tl.exp2(m - m_new)
             l = l * fade + tl.sum(p, 1)  # noqa: E741
-            acc = acc * fade[:, None] + _dot(p.to(v.dtype), v, INTERPRETED)
+            acc = acc * fade[:, None] + dot(p.to(v.dtype), v, "ieee", UPCAST)
             m = m_new
         row = (program + chain).to(tl.int64) * G + g
         tl.store(m_out + row, m, mask=g < G)
@@ -278,7 +252,7 @@ def _merge(
         m = m_new
     h = (chain % Hkv) * G + g
     if sinks is not None:
-        sink = tl.load(sinks + h).to(tl.float32) * _LOG2E
+        sink = tl.load(sinks + h).to(tl.float32) * LOG2_E
         # A sink far above every score would overflow as exp2(sink - m): scale to the larger of the two.
         top = tl.maximum(m, sink)
         top = tl.where(top == float("-inf"), 0.0, top)

@@ -21,8 +21,7 @@ All lengths are read on the device. Nothing here waits for the GPU.
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -30,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spkv.ops.packed import PackedLayer
+from spkv.ops.triton.launch import INTERPRETED, on_device_of, padded
 from spkv.ops.triton.primitives import LOG2_E, dot, tanh
 
 
@@ -114,7 +114,7 @@ def choose_tile(query: Tensor) -> Tile:
     if D > MAX_HEAD_SIZE:
         raise ValueError(f"the Triton kernels take head sizes up to {MAX_HEAD_SIZE}, not {D}")
     table = _TILES_FLOAT if query.dtype == torch.float32 else _TILES_HALF
-    return table[max(64, _width(D))]
+    return table[max(64, padded(D))]
 
 
 def collect(
@@ -153,15 +153,15 @@ def collect(
     if copied:
         pairs = offset + T
         near_key, near_value = (torch.empty(B, Hkv, pairs, D, dtype=key.dtype, device=key.device) for _ in range(2))
-    rows = min(64, _COLLECTED // _width(D))
+    rows = min(64, _COLLECTED // padded(D))
     if pairs:
-        with _on_device_of(key):
+        with on_device_of(key):
             _collect[(B * Hkv * triton.cdiv(pairs, rows),)](
                 key, value, rank, order, tokens, *_pages(past),
                 near_key if copied else None, near_value if copied else None, far_key, far_value,
                 *key.stride()[:3], *value.stride()[:3], *_page_strides(past),
                 B * Hkv, T, L, window, offset,
-                Hkv=Hkv, D=D, WIDTH=_width(D), P=1 if past is None else past.page_size, ROWS=rows,
+                Hkv=Hkv, D=D, WIDTH=padded(D), P=1 if past is None else past.page_size, ROWS=rows,
                 num_warps=4,
             )  # fmt: skip
     return Recent(near_key, near_value, far_key, far_value, rank, offset, order, tokens)
@@ -189,7 +189,7 @@ def attend(
     out = torch.empty_like(query) if recent.order is None else torch.zeros_like(query)
     heads = max(n for n in range(1, min(_MOST_HEADS, tile.M) + 1) if group % n == 0)
     lanes = B * H // heads
-    with _on_device_of(query):
+    with on_device_of(query):
         _attend[(lanes * triton.cdiv(T, tile.M // heads),)](
             query, out, recent.key, recent.value, recent.far_key, recent.far_value, recent.rank,
             recent.order, recent.tokens, *_pages(past), None if past is None else past.kept,
@@ -198,11 +198,11 @@ def attend(
             *_page_strides(past), 0 if past is None else past.ring_pages,
             lanes, T, recent.rank.shape[1], min(window, recent.offset + T), recent.offset,
             float(scale), float(softcap or 1.0),
-            Hkv=Hkv, GROUP=group, HEADS=heads, D=D, WIDTH=_width(D), P=1 if past is None else past.page_size,
+            Hkv=Hkv, GROUP=group, HEADS=heads, D=D, WIDTH=padded(D), P=1 if past is None else past.page_size,
             M=tile.M, N=tile.N, STAGES=tile.stages, SOFTCAP=softcap is not None,
             # tf32 would cost float32 three digits; half precision does not look at this.
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-            UPCAST=query.dtype == torch.bfloat16 and triton.knobs.runtime.interpret,
+            UPCAST=query.dtype == torch.bfloat16 and INTERPRETED,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out
@@ -415,11 +415,6 @@ def _range(size: int, like: Tensor) -> Tensor:
     return torch.arange(size, dtype=torch.int32, device=like.device)
 
 
-def _width(head_size: int) -> int:
-    """The power of two that holds a head; 16 is the least that a product takes."""
-    return max(16, triton.next_power_of_2(head_size))
-
-
 def _rows_together(tensor: Tensor) -> Tensor:
     """The kernels take any strides but the last, which must be 1."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
@@ -431,8 +426,3 @@ def _pages(past: PackedLayer | None) -> tuple[Tensor | None, ...]:
 
 def _page_strides(past: PackedLayer | None) -> tuple[int, ...]:
     return (0, 0, 0, 0) if past is None else (*past.pool.stride()[:3], past.table.stride(0))
-
-
-def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

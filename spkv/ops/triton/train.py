@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from spkv.ops.triton.launch import INTERPRETED, on_device_of, padded
 from spkv.ops.triton.primitives import (
     LOG2_E,
     dot,
@@ -59,7 +60,7 @@ class Tiles(NamedTuple):
 # 32/8 heads × 128 and 16/8 × 256 at 8,192 tokens, and 9/3 × 64 at 4,096. Two programs of 4 warps on a multiprocessor
 # beat one of 8: the softmax of one runs beside the products of the other. At 128, addresses in registers would spill,
 # and descriptors double the speed of dk, dv; at 64 there is room, and plain pointers are faster but for dq. Reading the
-# gate's bias costs the forward pass a fifth at 128 (461 without).
+# gate's bias costs the forward pass a fifth at 128.
 _TILES_HALF = {
     64: Tiles(Tile(64, 128, 4, 2), Tile(128, 64, 8, 2, True), Tile(64, 128, 8, 3)),  # 258, 317, 261
     128: Tiles(Tile(128, 64, 4, 2, True), Tile(64, 64, 4, 2, True), Tile(64, 64, 4, 2, True)),  # 390, 446, 494
@@ -370,7 +371,7 @@ class _GatedAttention(torch.autograd.Function):
         out = torch.empty_like(query)
         log_sum = torch.empty(B, H, T, dtype=torch.float32, device=query.device)
         ranges = None if segment_ids is None else _ranges(_key_ranges, segment_ids, tile, window)
-        with torch.cuda.device_of(query):
+        with on_device_of(query):
             _forward[(B * H, triton.cdiv(T, tile.M))](
                 *_operands(tile, rows=(query,), columns=(key, value)), out, log_sum,
                 # Triton wants a pointer for what a constexpr switches off, too.
@@ -383,6 +384,7 @@ class _GatedAttention(torch.autograd.Function):
             )  # fmt: skip
         ctx.save_for_backward(query, key, value, log_gate, sinks, out, log_sum)
         ctx.segment_ids = segment_ids  # the very tensor, which `_ranges` knows
+        ctx.segments_version = None if segment_ids is None else _version(segment_ids)
         ctx.gated, ctx.window, ctx.scale, ctx.softcap, ctx.tiles = gated, window, scale, softcap, tiles
         return out
 
@@ -391,6 +393,8 @@ class _GatedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, log_gate, sinks, out, log_sum = ctx.saved_tensors
         segment_ids = ctx.segment_ids
+        if segment_ids is not None and _version(segment_ids) != ctx.segments_version:
+            raise RuntimeError("segment_ids were changed in place between the forward and the backward pass")
         gated, window, scale, softcap, tiles = ctx.gated, ctx.window, ctx.scale, ctx.softcap, ctx.tiles
         B, H, T, D = query.shape
         Hkv = key.shape[1]
@@ -401,10 +405,10 @@ class _GatedAttention(torch.autograd.Function):
         options = (window, scale, softcap or 1.0)
         strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad_out.stride()[:3])
         grad_query = grad_key = grad_value = grad_gate = grad_sinks = None
-        with torch.cuda.device_of(query):
+        with on_device_of(query):
             _delta[(B * H, triton.cdiv(T, _DELTA_ROWS))](
                 out, grad_out, delta, *out.stride()[:3], *grad_out.stride()[:3], H, T,
-                D=D, WIDTH=_width(D), M=_DELTA_ROWS,
+                D=D, WIDTH=padded(D), M=_DELTA_ROWS,
             )  # fmt: skip
             if ctx.needs_input_grad[0]:
                 tile = tiles.dq
@@ -442,7 +446,7 @@ def _constants(
     return dict(
         GROUP=query.shape[1] // key.shape[1],
         D=D,
-        WIDTH=_width(D),
+        WIDTH=padded(D),
         M=tile.M,
         N=tile.N,
         GATED=gated,
@@ -450,16 +454,11 @@ def _constants(
         SOFTCAP=softcap is not None,
         # tf32 would cost float32 three digits; half precision does not look at this.
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        UPCAST=query.dtype == torch.bfloat16 and triton.knobs.runtime.interpret,
+        UPCAST=query.dtype == torch.bfloat16 and INTERPRETED,
         DESCRIBED=tile.described,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-
-
-def _width(head_size: int) -> int:
-    """The power of two that holds a head; 16 is the least that a product takes."""
-    return max(16, triton.next_power_of_2(head_size))
 
 
 def _choose_tiles(query: Tensor) -> Tiles:
@@ -467,7 +466,7 @@ def _choose_tiles(query: Tensor) -> Tiles:
     if D > MAX_HEAD_SIZE:
         raise ValueError(f"the Triton kernels take head sizes up to {MAX_HEAD_SIZE}, not {D}")
     table = _TILES_FLOAT if query.dtype == torch.float32 else _TILES_HALF
-    tiles = table[max(64, _width(D))]
+    tiles = table[max(64, padded(D))]
     if D * query.element_size() % 16:
         return Tiles(*(tile._replace(described=False) for tile in tiles))
     return tiles
@@ -477,7 +476,10 @@ def _readable(tensor: Tensor) -> Tensor:
     """The tensor, or a copy if its last stride is not 1 or a row may start off the 16 bytes that descriptors want."""
     size = tensor.element_size()
     rows = all(stride > 0 and stride * size % 16 == 0 for stride in tensor.stride()[:-1])
-    return tensor if tensor.stride(-1) == 1 and rows and tensor.data_ptr() % 16 == 0 else tensor.contiguous()
+    if tensor.stride(-1) == 1 and rows and tensor.data_ptr() % 16 == 0:
+        return tensor
+    # A contiguous view may start anywhere, and stay where it is under contiguous().
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _operands(tile: Tile, *, rows: tuple[Tensor, ...], columns: tuple[Tensor, ...]) -> list[Any]:
@@ -486,7 +488,7 @@ def _operands(tile: Tile, *, rows: tuple[Tensor, ...], columns: tuple[Tensor, ..
         return [*rows, *columns]
     sized = [(tensor, tile.M) for tensor in rows] + [(tensor, tile.N) for tensor in columns]
     return [
-        TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, size, _width(tensor.shape[-1])])
+        TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, size, padded(tensor.shape[-1])])
         for tensor, size in sized
     ]
 
@@ -514,10 +516,17 @@ def _segment_overlap(segment_ids: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
 _KNOWN_RANGES: Any = WeakTensorKeyDictionary()
 
 
+def _version(tensor: Tensor) -> int:
+    """Inference tensors count no changes in place, and allow none outside of inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def _ranges(function: Callable[..., Tensor], segment_ids: Tensor, tile: Tile, window: int) -> Tensor:
     """What `function` returns, remembered as long as the segment ids live."""
-    # Inference tensors count no changes in place, and allow none outside of inference mode.
-    version = 0 if segment_ids.is_inference() else segment_ids._version
+    if segment_ids.is_cuda and torch.cuda.is_current_stream_capturing():
+        # A graph must derive them anew at every replay, from what the ids are then.
+        return function(segment_ids, tile, window)
+    version = _version(segment_ids)
     known = _KNOWN_RANGES.setdefault(segment_ids, {})
     name = (function.__name__, tile.M, tile.N, window, version)
     if name not in known:

@@ -16,14 +16,13 @@ lies in the page at column s // P of the chain's row of the table.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from spkv.ops.packed import PackedLayer
+from spkv.ops.triton.launch import on_device_of
 
 _TILE = 4096  # elements of keys that a program of the chunk's scatter moves
 _MARKED = 1024  # columns that a program marks
@@ -40,8 +39,7 @@ def write(packed: PackedLayer, key: Tensor, value: Tensor, keep: Tensor, valid: 
     assert packed.pool.stride(3) == packed.table.stride(1) == packed.ring_keep.stride(1) == 1
     if key.stride(3) != 1 or value.stride() != key.stride():
         key, value = key.contiguous(), value.contiguous()
-    # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device(key.device) if key.is_cuda else contextlib.nullcontext():
+    with on_device_of(key):
         (_write_token if key.shape[2] == 1 else _write_chunk)(packed, key, value, keep, valid)
 
 
