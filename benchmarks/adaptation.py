@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import importlib.metadata
 import json
 import statistics
 import sys
@@ -28,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import spkv
 import spkv.hf.forward
+from benchmarks.run import environment
 from spkv.training.adapt import _arguments
 from spkv.training.data import PackedRows, TrainingRows
 from spkv.training.parameters import prepare_parameters
@@ -150,15 +150,12 @@ def rows(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file for the result")
+    parser.add_argument("--commit", help="to record; default: what git says")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("the throughput of adaptation is measured on a CUDA device, and there is none here")
-    result = {
-        "device": torch.cuda.get_device_name(),
-        "command": "python -m benchmarks.adaptation",
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "triton", "transformers")},
-        "rows": rows(report=lambda row: print(row, file=sys.stderr, flush=True)),
-    }
+    result = environment("benchmarks.adaptation", options.commit, ("transformers", "peft"))
+    result["rows"] = rows(report=lambda row: print(row, file=sys.stderr, flush=True))
     print(json.dumps(result))
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

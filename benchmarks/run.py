@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.monotonic()
     torch.manual_seed(0)
     suite, cases = SUITES[options.suite], options.cases
-    result = _environment(options)
+    result = environment("benchmarks.run", options.commit, ("flashinfer-python", "fa3-fwd"))
 
     flashinfer = None
     if options.flashinfer is not None:
@@ -132,22 +132,22 @@ def _cases(text: str) -> list[str]:
     return names
 
 
-def _environment(options: argparse.Namespace) -> dict[str, Any]:
+def environment(module: str, commit: str | None = None, packages: Sequence[str] = ()) -> dict[str, Any]:
+    """What a result was measured on: device, commit (git's, if none is given), command and versions."""
     git = ["git", "rev-parse", "HEAD"]
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+        found = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     except OSError:
-        commit = ""
+        found = ""
     return {
         "device": torch.cuda.get_device_name(),
-        "commit": options.commit or commit,
-        "command": "python -m benchmarks.run " + " ".join(sys.argv[1:]),
+        "commit": commit or found,
+        "command": f"python -m {module} " + " ".join(sys.argv[1:]),
         "versions": {
             "spkv": spkv.__version__,
             "torch": torch.__version__,
             "triton": _version("triton"),
-            "flashinfer": _version("flashinfer-python"),
-            "fa3": _version("fa3-fwd"),
+            **{package: _version(package) for package in packages},
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
         },
