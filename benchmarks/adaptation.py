@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 import spkv
 import spkv.hf.forward
 from benchmarks.run import environment
-from spkv.training.adapt import _arguments
+from spkv.training.adapt import training_arguments
 from spkv.training.data import PackedRows, TrainingRows
 from spkv.training.parameters import prepare_parameters
 from spkv.training.recipes import Recipe, get_recipe
@@ -96,7 +96,7 @@ def measure(recipe: Recipe, attention: str, batch_size: int, steps: int) -> dict
     with tempfile.TemporaryDirectory() as output, contextlib.ExitStack() as stack:
         stack.enter_context(spkv.dense(model) if attention == "dense" else _gated_attention_by(attention))
         stack.enter_context(disable_input_dtype_casting(model, active=recipe.lora_rank is not None))
-        args = _arguments(
+        args = training_arguments(
             output,  # type: ignore[arg-type]
             recipe,
             _WARM_UP_STEPS + steps,

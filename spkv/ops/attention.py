@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spkv.ops.dispatch import Implementation, choose, needs_triton
+from spkv.ops.dispatch import Implementation, choose
 from spkv.ops.packed import PackedLayer
+from spkv.ops.triton import limits
 
 
 def _function(module: str, name: str) -> Callable[[], Callable[..., Any]]:
@@ -36,66 +37,20 @@ def _needs_cpu(arguments: dict[str, Any]) -> str | None:
     return None if device.type == "cpu" else f"it runs on CPU only, and the query is on {device}"
 
 
-# What a program gets on the GPU that the tiles of `gated_attention` and `pruned_prefill` were chosen for, an H100.
-_TUNED_SHARED_MEMORY = 227 * 1024
-_DECODE_SHARED_MEMORY = 96 * 1024
-_MOST_QUERIES_OF_A_CHAIN = 32
-
-
-def _triton_attention(arguments: dict[str, Any]) -> str | None:
-    query = arguments["query"]
-    return needs_triton(query, _TUNED_SHARED_MEMORY) or (None if query.numel() else "it needs a token")
-
-
-def _triton_prefill(arguments: dict[str, Any]) -> str | None:
-    past = arguments["past"]
-    return (
-        _triton_attention(arguments) or _wants_gradients(arguments) or (None if past is None else _other_layout(past))
-    )
-
-
-def _triton_decode(arguments: dict[str, Any]) -> str | None:
-    query, packed = arguments["query"], arguments["packed"]
-    group = query.shape[1] // packed.kv_heads
-    if group > _MOST_QUERIES_OF_A_CHAIN:
-        return f"it takes groups of up to {_MOST_QUERIES_OF_A_CHAIN} queries, not {group}"
-    return needs_triton(query, _DECODE_SHARED_MEMORY) or _wants_gradients(arguments) or _other_layout(packed)
-
-
-def _triton_write(arguments: dict[str, Any]) -> str | None:
-    return needs_triton(arguments["key"]) or _other_layout(arguments["packed"])
-
-
-def _wants_gradients(arguments: dict[str, Any]) -> str | None:
-    wanted = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments.values())
-    return "it has no backward pass, and a gradient is asked for; call it under torch.no_grad()" if wanted else None
-
-
-def _other_layout(packed: PackedLayer) -> str | None:
-    lengths = packed.seen, packed.kept
-    if packed.pool.stride(-1) != 1 or packed.table.stride(-1) != 1 or packed.ring_keep.stride(-1) != 1:
-        return "it wants pool, table and ring_keep with a last stride of 1"
-    if not all(tensor.is_contiguous() for tensor in lengths):
-        return "it wants contiguous seen and kept"
-    if any(tensor.dtype != torch.int32 for tensor in (packed.table, *lengths)):
-        return "it wants table, seen and kept in int32"
-    return None
-
-
 _GATED_ATTENTION = (
-    Implementation("triton", _function("triton.train", "gated_attention"), _triton_attention),
+    Implementation("triton", _function("triton.train", "gated_attention"), limits.attention),
     Implementation("flex", _function("flex", "gated_attention"), _needs_cuda),
     Implementation("sdpa", _function("sdpa", "gated_attention")),
     Implementation("reference", _function("reference", "gated_attention")),
 )
 _PRUNED_PREFILL = (
-    Implementation("triton", _function("triton.prefill", "pruned_prefill"), _triton_prefill),
+    Implementation("triton", _function("triton.prefill", "pruned_prefill"), limits.prefill),
     Implementation("flex", _function("flex", "pruned_prefill"), _needs_cuda),
     Implementation("sdpa", _function("sdpa", "pruned_prefill")),
     Implementation("reference", _function("reference", "pruned_prefill")),
 )
 _PACKED_DECODE = (
-    Implementation("triton", _function("triton.decode", "packed_decode"), _triton_decode),
+    Implementation("triton", _function("triton.decode", "packed_decode"), limits.decode),
     Implementation("sdpa", _function("sdpa", "packed_decode"), _needs_cpu),
     Implementation("reference", _function("reference", "packed_decode")),
 )
@@ -246,7 +201,7 @@ def packed_decode(
 
 
 _WRITE = (
-    Implementation("triton", _function("triton.write", "write"), _triton_write),
+    Implementation("triton", _function("triton.write", "write"), limits.write),
     Implementation("reference", _function("reference", "write")),
 )
 

@@ -134,7 +134,7 @@ def adapt(
     steps = recipe.total_steps(base_parameters(prepared))
     if batch_size is None:
         batch_size = default_batch_size(prepared, recipe, processes.num_processes, gradient_checkpointing)
-    args = _arguments(
+    args = training_arguments(
         output,
         recipe,
         steps,
@@ -184,7 +184,7 @@ def adapt(
     return summary
 
 
-def _arguments(
+def training_arguments(
     output: Path,
     recipe: Recipe,
     steps: int,

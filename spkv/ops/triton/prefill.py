@@ -30,6 +30,7 @@ from torch import Tensor
 
 from spkv.ops.packed import PackedLayer
 from spkv.ops.triton.launch import INTERPRETED, on_device_of, padded
+from spkv.ops.triton.limits import MAX_HEAD_SIZE
 from spkv.ops.triton.primitives import LOG2_E, dot, tanh
 
 
@@ -59,7 +60,6 @@ _TILES_FLOAT = {
 }
 _COLLECTED = 8192  # elements of keys, and of values, that a program of `_collect` moves: 64 registers a thread
 _MOST_HEADS = 16  # of a group, in one program
-MAX_HEAD_SIZE = 256
 
 
 class Recent(NamedTuple):

@@ -29,6 +29,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from spkv.ops.triton.launch import INTERPRETED, on_device_of, padded
+from spkv.ops.triton.limits import MAX_HEAD_SIZE
 from spkv.ops.triton.primitives import (
     LOG2_E,
     dot,
@@ -73,7 +74,6 @@ _TILES_FLOAT = {
     256: Tiles(Tile(32, 16, 4, 1), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1)),
 }
 _DELTA_ROWS = 64
-MAX_HEAD_SIZE = 256
 
 
 @triton.jit
