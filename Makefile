@@ -11,7 +11,7 @@ demo: install
 
 test: install lint types
 	$(BIN)/pytest -n auto --dist worksteal
-	TRITON_INTERPRET=1 $(BIN)/pytest -n auto --dist worksteal tests/ops/test_triton_*.py
+	TRITON_INTERPRET=1 $(BIN)/pytest -n auto --dist worksteal tests/ops/test_triton_*.py tests/cache -k 'triton or slabs'
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,24 +1,34 @@
 """The packed cache: rings and kept chains of all layers in one pool of pages.
 
 Legend: B sequences, H query heads, Hkv KV heads, C = B * Hkv chains, P pairs in a page, D head size, w window.
+
+`write` hands pages out on the device, so before it runs the pool must have enough of them and the table the columns
+for them. `_reserve` sees to that from bounds that the host knows, and waits for the device only when they do not
+suffice: in steady decoding once in P steps, for all layers together.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spkv.cache.pages import PageList, PoolFullError
+from spkv.cache.pages import PageBudget, PoolFullError
+from spkv.cache.pool import PagePool
 from spkv.ops.attention import packed_decode, pruned_prefill, write
 from spkv.ops.packed import PackedLayer
 from spkv.ops.reference import count_leaving
+from spkv.ops.triton import limits
 
-# A full pool grows by at least this share. Small, since unused pages count as allocated memory; each growth copies
-# the pool once, which decoding does anyway at every step.
+# A full pool grows by at least this share. Small, since unused pages count as allocated memory.
 _GROWTH = 1 / 64
-_TENSORS = ("pool", "table", "seen", "kept", "ring_keep")
+# With slabs, by at least this many bytes, if they are no larger a share than 1/16: what torch's allocator hands out.
+_LEAST_SLAB = 2**21
+# A table that is too narrow grows by at least this share.
+_WIDENING = 1 / 8
 
 
 class PackedCache:
@@ -29,25 +39,52 @@ class PackedCache:
         kv_heads: Hkv, equal in all layers.
         window: w.
         page_size: P.
-        max_memory: bytes that the pool may take at most; None for no bound. While it grows, the old pool stands
-            beside the new one for a moment.
+        max_memory: bytes that the pool's pages may take at most; None for no bound.
+        slabs: whether the pool grows in slabs that stay where they are, which only Triton's kernels can read; if not,
+            it is copied when it grows, and the old pool stands beside the new one for a moment. None: where Triton's
+            kernels run all operators.
+
+    Attributes:
+        sequences: B; 0 until the first pairs tell it, with their dtype and device.
+        moves: changes whenever a tensor that the operators are given was replaced; a CUDA graph captured before is
+            of no use then.
     """
 
-    pool: Tensor  # [pages, 2, P, D]
-    table: Tensor  # [layers, C, max_pages]
-    seen: Tensor  # [layers, B]
-    kept: Tensor  # [layers, C]
-    ring_keep: Tensor  # [layers, C, w]
+    pool: PagePool
+    table: Tensor  # [layers, C, columns] int32
+    seen: Tensor  # [layers, B] int32
+    kept: Tensor  # [layers, C] int32
+    ring_keep: Tensor  # [layers, C, w] bool
 
     def __init__(
-        self, layers: int, kv_heads: int, window: int, page_size: int = 16, max_memory: int | None = None
+        self,
+        layers: int,
+        kv_heads: int,
+        window: int,
+        page_size: int = 16,
+        max_memory: int | None = None,
+        slabs: bool | None = None,
     ) -> None:
         self.layers, self.kv_heads, self.window, self.page_size = layers, kv_heads, window, page_size
-        self.max_memory = max_memory
+        self.max_memory, self.slabs = max_memory, slabs
         self.ring_pages = -(-window // page_size)
-        self.pages = PageList()
-        self._overflowed = False
-        self.sequences = 0  # B; the tensors are made when the first pairs tell it, with dtype and device
+        self._moves = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        for name in ("pool", "table", "seen", "kept", "ring_keep"):
+            self.__dict__.pop(name, None)
+        self.sequences = 0
+        self.budget = PageBudget()
+        # What the host knows, by layer: the least tokens that a sequence has seen, the most pairs that a chain has
+        # kept, and the single tokens for which pages were set aside.
+        self._seen_least, self._kept_most, self._credit = ([0] * self.layers for _ in range(3))
+        self._incomplete: set[int] = set()  # sequences whose last pass failed half-way
+        self._moves += 1
+
+    @property
+    def moves(self) -> int:
+        return self._moves + (self.pool.moves if self.sequences else 0)
 
     def attend(
         self,
@@ -57,6 +94,8 @@ class PackedCache:
         value: Tensor,
         keep: Tensor,
         valid: Tensor | None = None,
+        *,
+        sequences: slice | None = None,
         **options: Any,
     ) -> Tensor:
         """Write new pairs and return the attention of their queries against everything visible.
@@ -64,38 +103,54 @@ class PackedCache:
         Args:
             layer: 0 to layers - 1.
             query: [B, H, T, D]; key, value: [B, Hkv, T, D]; keep: [B, Hkv, T] bool; valid: [B, T] bool or None.
+            sequences: a range of the cache's sequences, if not all take part; B is their number then.
             options: scale, softcap, sinks, implementation, handed to the operator.
 
         Returns:
             [B, H, T, D].
 
         Raises:
-            PoolFullError: if the pages needed would exceed `max_memory`. Earlier layers have taken the tokens then, so
-                the cache refuses everything but `reset`.
+            PoolFullError: if the pages needed would exceed `max_memory`. The layers before this one have taken the
+                tokens then, so these sequences are refused until they are dropped; others are as they were. After
+                `prepare(1)` this cannot happen to single tokens.
             ValueError, TypeError: for shapes or dtypes that do not fit what the cache holds.
         """
-        if self._overflowed:
-            raise PoolFullError("the pool was full in the middle of a pass, which left it incomplete: reset the cache")
         if not self.sequences:
-            self._allocate(key)
-        self._check_batch(key)
-        if query.shape[2] == 1:
-            self._write(layer, key, value, keep, valid)
-            return packed_decode(query, self.layer(layer), **options)
-        past = self.layer(layer)
-        out = pruned_prefill(query, key, value, keep, window=self.window, past=past, valid=valid, **options)
-        self._write(layer, key, value, keep, valid)
-        return out
+            self.allocate(key)
+        rows = self._rows(sequences)
+        self._check_batch(key, rows)
+        packed = self.layer(layer, rows)
+        out = None
+        if query.shape[2] > 1:
+            out = pruned_prefill(query, key, value, keep, window=self.window, past=packed, valid=valid, **options)
+        try:
+            moves = self.moves
+            self._reserve(layer, rows, keep, valid)
+            if self.moves != moves:
+                packed = self.layer(layer, rows)
+        except PoolFullError:
+            self._incomplete.update(rows)
+            raise
+        write(packed, key.detach(), value.detach(), keep, valid)
+        return packed_decode(query, packed, **options) if out is None else out
 
-    def layer(self, layer: int) -> PackedLayer:
-        """The storage of one layer, as the operators take it. Valid until the cache next grows."""
+    def layer(self, layer: int, rows: range | None = None) -> PackedLayer:
+        """The storage of one layer, as the operators take it, of all sequences or of a range.
+
+        Valid until `moves` changes.
+        """
+        rows = range(self.sequences) if rows is None else rows
+        chains = slice(rows.start * self.kv_heads, rows.stop * self.kv_heads)
         return PackedLayer(
-            pool=self.pool,
-            table=self.table[layer],
-            seen=self.seen[layer],
-            kept=self.kept[layer],
-            ring_keep=self.ring_keep[layer],
+            pool=self.pool.pages,
+            table=self.table[layer, chains],
+            seen=self.seen[layer, rows.start : rows.stop],
+            kept=self.kept[layer, chains],
+            ring_keep=self.ring_keep[layer, chains],
             window=self.window,
+            free=self.pool.free,
+            taken=self.pool.taken,
+            scattered=self.pool.slabs,
         )
 
     @property
@@ -103,7 +158,17 @@ class PackedCache:
         """Bytes of all tensors that the cache holds, tables and free pages included."""
         if not self.sequences:
             return 0
-        return sum(t.numel() * t.element_size() for t in (self.pool, self.table, self.seen, self.kept, self.ring_keep))
+        tensors = (self.table, self.seen, self.kept, self.ring_keep)
+        return self.pool.nbytes + sum(t.numel() * t.element_size() for t in tensors)
+
+    @property
+    def pair_bytes(self) -> int:
+        """Bytes of a key and its value."""
+        return self.pool.page_bytes // self.page_size
+
+    def pages_in_use(self) -> int:
+        """Pages of the pool that are not free."""
+        return self.budget.capacity - self.pool.free_count() if self.sequences else 0
 
     def kept_pairs(self) -> Tensor:
         """[layers, B, Hkv] int64: pairs kept past the window."""
@@ -113,50 +178,95 @@ class PackedCache:
         """[layers, B] int64: tokens that have left the window."""
         return (self.seen - self.window).clamp_min(0).long()
 
+    def prepare(self, tokens: int) -> int:
+        """Set pages aside for the next single tokens of all sequences and layers, so that they need no word from the
+        host; a captured CUDA graph can then be replayed as often.
+
+        Returns:
+            The number of tokens prepared for, `tokens` at most: one where a bounded pool is nearly full.
+
+        Raises:
+            PoolFullError: if not even the next token surely fits. Nothing has changed then.
+        """
+        self._refuse_incomplete(range(self.sequences))
+        layers = range(self.layers)
+        if min(self._credit) >= tokens:
+            return tokens
+        self._credit = [0] * self.layers
+        pages = -(-tokens // self.page_size)
+        try:
+            self._provide(list(layers), range(self.sequences), pages * self.page_size)
+            self._credit = [pages * self.page_size for _ in layers]
+        except PoolFullError:
+            whole = self._all_layers()
+            keep = torch.zeros(whole.seen.shape[0], self.kv_heads, 1, dtype=torch.bool, device=self.table.device)
+            self._provide(list(layers), range(self.sequences), 1, lambda: self._needs(whole, keep, None))
+            self._credit = [1 for _ in layers]
+        return min(tokens, self._credit[0])
+
+    def spend(self, tokens: int) -> None:
+        """Every sequence has taken at most `tokens` single tokens in every layer, without `attend` (a CUDA graph)."""
+        for layer in range(self.layers):
+            self._credit[layer] -= tokens
+            self._kept_most[layer] += tokens
+            assert self._credit[layer] >= 0
+
+    def drop(self, sequences: list[int]) -> None:
+        """Forget sequences and free their pages; the others go on, and new ones can take their places."""
+        self._check_sequences(sequences)
+        if not sequences:
+            return
+        ids = self.table[:, self._chains(sequences)][self._columns_in_use(sequences)]
+        self.pool.give(ids)
+        self.budget.free += ids.numel()
+        self.seen[:, sequences] = 0
+        self.kept[:, self._chains(sequences)] = 0
+        self._seen_least, self._credit = [0] * self.layers, [0] * self.layers
+        self._incomplete.difference_update(sequences)
+
     def select(self, indices: Tensor) -> None:
         """Make sequence i what sequence indices[i] was; sequences not named are dropped (beam search)."""
         if not self.sequences:
             return
         wanted = [int(i) for i in indices]
-        if any(not 0 <= i < self.sequences for i in wanted):
-            raise ValueError(f"sequence indices must lie in 0 to {self.sequences - 1}, not {wanted}")
-        # A sequence's first use keeps its pages, every further use copies them; those of dropped ones are freed.
-        for source in set(range(self.sequences)) - set(wanted):
-            for (layer, chain), columns in self._pages_of(source).items():
-                self.pages.give(self.table[layer, chain, columns].tolist())
-        copies = [i for n, i in enumerate(wanted) if i in wanted[:n]]
-        self._ensure_free(sum(len(pages) for i in copies for pages in self._pages_of(i).values()))
-        old_table, chains = self.table, self._chains(wanted)
-        self.table = old_table[:, chains].clone()
-        used: set[int] = set()
-        for target, source in enumerate(wanted):
-            if source in used:
-                for (layer, chain), columns in self._pages_of(source).items():
-                    pages = self._take(len(columns))
-                    head = chain % self.kv_heads
-                    self.pool[pages] = self.pool[old_table[layer, chain, columns].long()]
-                    self.table[layer, target * self.kv_heads + head, columns] = pages.to(self.table.dtype)
-            used.add(source)
+        self._check_sequences(wanted)
+        self.drop(sorted(set(range(self.sequences)) - set(wanted)))
+        self._credit = [0] * self.layers
+        # A sequence's first use keeps its pages, every further use copies them.
+        repeated = [n for n, i in enumerate(wanted) if i in wanted[:n]]
+        sources = [wanted[n] for n in repeated]
+        used = self._columns_in_use(sources)
+        old_ids = self.table[:, self._chains(sources)][used]
+        self._ask()
+        self._set_aside(old_ids.numel())
+        chains = self._chains(wanted)
+        self.table, self.kept = self.table[:, chains], self.kept[:, chains]
+        self.seen, self.ring_keep = self.seen[:, wanted], self.ring_keep[:, chains]
+        if repeated:
+            new_ids = self.pool.take(old_ids.numel())
+            self.pool.scatter(new_ids, self.pool.gather(old_ids))
+            copies = self.table[:, self._chains(repeated)]
+            copies[used] = new_ids
+            self.table[:, self._chains(repeated)] = copies
         self.sequences = len(wanted)
-        self.seen, self.kept = self.seen[:, wanted].clone(), self.kept[:, chains].clone()
-        self.ring_keep = self.ring_keep[:, chains].clone()
+        self._incomplete = {n for n, i in enumerate(wanted) if i in self._incomplete}
+        self._moves += 1
 
     def reset(self) -> None:
         """Forget every sequence and free all memory."""
-        self.sequences, self.pages, self._overflowed = 0, PageList(), False
-        for name in _TENSORS:
-            self.__dict__.pop(name, None)
+        self._forget()
 
     def state(self) -> dict[str, Tensor]:
         """The cache as tensors, compact (no free pages); `load_state` is the inverse."""
         if not self.sequences:
             return {}
-        used = self._used_pages()
-        number = torch.zeros(self.pages.capacity, dtype=torch.int32, device=self.pool.device)
-        number[used] = torch.arange(used.numel(), dtype=torch.int32, device=self.pool.device)
+        used = self._columns_in_use(list(range(self.sequences)))
+        ids = self.table[used]
+        table = torch.zeros_like(self.table)
+        table[used] = torch.arange(ids.numel(), dtype=table.dtype, device=table.device)
         return {
-            "pool": self.pool[used],
-            "table": number[self.table.long()],
+            "pool": self.pool.gather(ids),
+            "table": table,
             "seen": self.seen.clone(),
             "kept": self.kept.clone(),
             "ring_keep": self.ring_keep.clone(),
@@ -167,6 +277,7 @@ class PackedCache:
 
         Raises:
             ValueError: if the state is of a cache of other sizes.
+            PoolFullError: if it exceeds `max_memory`.
         """
         if not state:
             self.reset()
@@ -180,109 +291,176 @@ class PackedCache:
                 "{} layers, {} KV heads, window {} and pages of {}".format(*sizes, *own)
             )
         self.reset()
-        for name in _TENSORS:
+        pages = state["pool"]
+        self.allocate(pages.new_empty(state["seen"].shape[1], self.kv_heads, 0, pages.shape[-1]))
+        for name in ("table", "seen", "kept", "ring_keep"):
             setattr(self, name, state[name].clone())
-        self.sequences = self.seen.shape[1]
-        self.pages = PageList(self._page_limit())
-        self.pages.grow(self.pool.shape[0])
-        self.pages.take(self.pool.shape[0])
+        self._set_aside(pages.shape[0])
+        ids = self.pool.take(pages.shape[0])
+        self.pool.scatter(ids, pages)
+        used = self._columns_in_use(list(range(self.sequences)))
+        self.table[used] = ids[self.table[used].long()]
+        self._ask()
 
-    def _allocate(self, key: Tensor) -> None:
+    def allocate(self, key: Tensor) -> None:
+        """Make the tensors, without pages, for sequences and pairs like those of key [B, Hkv, T, D]."""
         B, Hkv, _, D = key.shape
-        self.pool = key.new_empty(0, 2, self.page_size, D)
+        slabs = self.slabs
+        if slabs is None:
+            slabs = key.is_cuda and limits.attention({"query": key.new_empty(1, 1, 1, D)}) is None
+        self.pool = PagePool(self.page_size, D, key.dtype, key.device, slabs)
         self.table = torch.zeros(self.layers, B * Hkv, self.ring_pages, dtype=torch.int32, device=key.device)
         self.seen = torch.zeros(self.layers, B, dtype=torch.int32, device=key.device)
         self.kept = torch.zeros(self.layers, B * Hkv, dtype=torch.int32, device=key.device)
         self.ring_keep = torch.zeros(self.layers, B * Hkv, self.window, dtype=torch.bool, device=key.device)
-        self.pages = PageList(self._page_limit())
+        self.budget = PageBudget(self._page_limit())
         self.sequences = B
+        self._moves += 1
 
     def _page_limit(self) -> int | None:
         if self.max_memory is None:
             return None
-        page_bytes = 2 * self.page_size * self.pool.shape[-1] * self.pool.element_size()
-        limit = self.max_memory // page_bytes
+        limit = self.max_memory // self.pool.page_bytes
         if limit < 1:
             raise ValueError(f"max_memory={self.max_memory} bytes do not hold one page")
         return limit
 
-    def _check_batch(self, key: Tensor) -> None:
-        if key.shape[0] != self.sequences or key.shape[1] != self.kv_heads:
+    def _rows(self, sequences: slice | None) -> range:
+        rows = range(self.sequences)[slice(None) if sequences is None else sequences]
+        if rows.step != 1 or not rows:
+            raise ValueError(f"sequences must be a range of the cache's {self.sequences}, not {sequences}")
+        self._refuse_incomplete(rows)
+        return rows
+
+    def _refuse_incomplete(self, rows: range) -> None:
+        refused = sorted(self._incomplete.intersection(rows))
+        if refused:
+            raise PoolFullError(
+                f"the pool was full in the middle of a pass, which left sequences {refused} incomplete: drop them, or "
+                "reset the cache"
+            )
+
+    def _check_batch(self, key: Tensor, rows: range) -> None:
+        if key.shape[0] != len(rows) or key.shape[1] != self.kv_heads:
             raise ValueError(
-                f"the cache holds {self.sequences} sequences of {self.kv_heads} KV heads, but was given "
+                f"the cache holds {len(rows)} sequences of {self.kv_heads} KV heads, but was given "
                 f"{key.shape[0]} of {key.shape[1]}"
             )
-        if key.device != self.pool.device:
+        if key.device != self.pool.pages.device:
             raise ValueError(
-                f"the cache lives on {self.pool.device}, but was given pairs on {key.device}; "
+                f"the cache lives on {self.pool.pages.device}, but was given pairs on {key.device}; "
                 "a model spread over several devices is not supported"
             )
 
-    def _write(self, layer: int, key: Tensor, value: Tensor, keep: Tensor, valid: Tensor | None) -> None:
-        try:
-            self._reserve(layer, keep, valid)
-        except PoolFullError:
-            self._overflowed = True
-            raise
-        write(self.layer(layer), key.detach(), value.detach(), keep, valid)
+    def _check_sequences(self, sequences: list[int]) -> None:
+        if any(not 0 <= i < self.sequences for i in sequences):
+            raise ValueError(f"sequence indices must lie in 0 to {self.sequences - 1}, not {sequences}")
 
-    def _reserve(self, layer: int, keep: Tensor, valid: Tensor | None) -> None:
-        """Put the pages into the table that writing these tokens needs."""
-        packed, P = self.layer(layer), self.page_size
-        arriving = torch.full_like(packed.seen, keep.shape[2]) if valid is None else valid.sum(1).to(packed.seen)
-        ring_have, ring_need = (-(-n.clamp_max(self.window) // P) for n in (packed.seen, packed.seen + arriving))
-        kept_have, kept_need = (-(-n // P) for n in (packed.kept, packed.kept + count_leaving(packed, keep, valid)))
-        ring_new = (ring_need - ring_have).repeat_interleave(self.kv_heads).long()
-        kept_new = kept_need - kept_have
-        total = int(ring_new.sum() + kept_new.sum())
-        if total == 0:
-            return
-        self._ensure_free(total)
-        self._widen_table(self.ring_pages + int(kept_need.max()))
-        first = torch.stack([ring_have.repeat_interleave(self.kv_heads), self.ring_pages + kept_have], dim=1).long()
-        count = torch.stack([ring_new, kept_new], dim=1)
-        # One row per (chain, ring or kept): its columns are consecutive from `first`.
-        row = torch.arange(count.numel(), device=count.device).repeat_interleave(count.flatten())
-        start = count.flatten().cumsum(0) - count.flatten()
-        column = first.flatten()[row] + torch.arange(total, device=count.device) - start[row]
-        self.table[layer, row // 2, column] = self._take(total).to(self.table.dtype)
+    def _reserve(self, layer: int, rows: range, keep: Tensor, valid: Tensor | None) -> None:
+        """See to it that writing these tokens finds pages and columns."""
+        tokens = keep.shape[2]
 
-    def _widen_table(self, columns: int) -> None:
+        def exact() -> tuple[int, int]:
+            return self._needs(self.layer(layer, rows), keep, valid)
+
+        if tokens > 1:
+            self._provide([layer], rows, tokens, exact)
+            # What was set aside for single tokens was counted from another fill of the last pages.
+            self._credit[layer] = 0
+        elif not self._credit[layer]:
+            everyone = range(self.sequences)
+            try:
+                self._provide([layer], everyone, self.page_size)
+                self._credit[layer] = self.page_size
+            except PoolFullError:
+                self._provide([layer], rows, 1, exact)
+                self._credit[layer] = 1
+        if tokens == 1:
+            self._credit[layer] -= 1
+        self._kept_most[layer] += tokens
+        if valid is None and len(rows) == self.sequences:
+            self._seen_least[layer] += tokens
+
+    def _provide(
+        self, layers: list[int], rows: range, tokens: int, exact: Callable[[], tuple[int, int]] | None = None
+    ) -> None:
+        """Set pages aside for so many tokens more in each chain of these layers and sequences, and widen the table.
+
+        `exact` tells the pages and the longest chain, for when the bounds are more than there is.
+        """
+        for attempt in range(2):
+            if attempt:
+                self._ask()
+            pages = sum(self._most_pages(layer, len(rows), tokens) for layer in layers)
+            columns = self._columns_for(max((self._kept_most[layer] for layer in layers), default=0) + tokens)
+            if columns <= self.table.shape[2] and self.budget.spend(pages):
+                return
+        if exact is not None:
+            pages, longest = exact()
+            columns = self._columns_for(longest)
+        self._set_aside(pages)
         missing = columns - self.table.shape[2]
         if missing > 0:
-            # Some room to spare: widening copies the table, and every layer grows at about the same time.
-            self.table = torch.nn.functional.pad(self.table, (0, missing + columns // 64))
+            spare = int(self.table.shape[2] * _WIDENING)
+            self.table = torch.nn.functional.pad(self.table, (0, max(missing, spare)))
+            self._moves += 1
 
-    def _ensure_free(self, count: int) -> None:
-        missing = self.pages.shortfall(count)
-        if missing:
-            before = self.pages.capacity
-            self.pages.grow(max(missing, int(before * _GROWTH)))
-            pool = self.pool.new_empty(self.pages.capacity, *self.pool.shape[1:])
-            pool[:before] = self.pool
-            self.pool = pool
+    def _set_aside(self, pages: int) -> None:
+        """Spend pages, growing the pool by what is missing."""
+        if self.budget.spend(pages):
+            return
+        capacity = self.budget.capacity
+        least = min(_LEAST_SLAB // self.pool.page_bytes, capacity // 16) if self.pool.slabs else 0
+        growth = self.budget.growth(pages, max(int(capacity * _GROWTH), least))
+        self.pool.grow(growth)
+        self.budget.grow(growth)
+        spent = self.budget.spend(pages)
+        assert spent
 
-    def _take(self, count: int) -> Tensor:
-        return torch.tensor(self.pages.take(count), dtype=torch.long, device=self.pool.device)
+    def _most_pages(self, layer: int, sequences: int, tokens: int) -> int:
+        """Pages that so many tokens more can take in one layer: ceil(a + b) <= ceil(a) + ceil(b)."""
+        kept = -(-tokens // self.page_size)
+        ring = min(kept, self.ring_pages) if self._seen_least[layer] < self.window else 0
+        return sequences * self.kv_heads * (kept + ring)
+
+    def _columns_for(self, kept: int) -> int:
+        return self.ring_pages - (-kept // self.page_size)
+
+    def _ask(self) -> None:
+        """Read lengths and free pages from the device."""
+        lengths = torch.cat([self.pool.taken, self.seen.amin(1), self.kept.amax(1)]).tolist()
+        self._seen_least, self._kept_most = lengths[1 : 1 + self.layers], lengths[1 + self.layers :]
+        # Pages set aside and not yet taken are none to set aside again.
+        promised = sum(self._most_pages(i, self.sequences, n) for i, n in enumerate(self._credit) if n)
+        self.budget.learn(max(0, self.pool.free.numel() - lengths[0] - promised))
+
+    def _needs(self, packed: PackedLayer, keep: Tensor, valid: Tensor | None) -> tuple[int, int]:
+        """Pages that writing these tokens takes, and pairs of the then longest chain; waits for the device."""
+        P = self.page_size
+        arriving = torch.full_like(packed.seen, keep.shape[2]) if valid is None else valid.sum(1).to(packed.seen)
+        ring_have, ring_need = (-(-n.clamp_max(self.window) // P) for n in (packed.seen, packed.seen + arriving))
+        kept = packed.kept + count_leaving(packed, keep, valid)
+        pages = (ring_need - ring_have).sum() * self.kv_heads + (-(-kept // P) + (-packed.kept // P)).sum()
+        total, longest = torch.stack([pages, kept.max()]).tolist()
+        return total, longest
+
+    def _all_layers(self) -> PackedLayer:
+        """All layers as one: their sequences side by side."""
+        return dataclasses.replace(
+            self.layer(0),
+            table=self.table.flatten(0, 1),
+            seen=self.seen.flatten(),
+            kept=self.kept.flatten(),
+            ring_keep=self.ring_keep.flatten(0, 1),
+        )
 
     def _chains(self, sequences: list[int]) -> list[int]:
         return [b * self.kv_heads + h for b in sequences for h in range(self.kv_heads)]
 
-    def _pages_of(self, sequence: int) -> dict[tuple[int, int], list[int]]:
-        """The table columns in use, by (layer, chain), of one sequence."""
-        P = self.page_size
-        columns = {}
-        for layer in range(self.layers):
-            ring = -(-min(int(self.seen[layer, sequence]), self.window) // P)
-            for chain in self._chains([sequence]):
-                kept = -(-int(self.kept[layer, chain]) // P)
-                columns[layer, chain] = [*range(ring), *range(self.ring_pages, self.ring_pages + kept)]
-        return columns
-
-    def _used_pages(self) -> Tensor:
-        pages = [
-            self.table[layer, chain, columns]
-            for sequence in range(self.sequences)
-            for (layer, chain), columns in self._pages_of(sequence).items()
-        ]
-        return torch.cat(pages).long()
+    def _columns_in_use(self, sequences: list[int]) -> Tensor:
+        """[layers, their chains, columns] bool: the entries of the table that are pages of these sequences."""
+        column = torch.arange(self.table.shape[2], device=self.table.device)
+        ring = -(-self.seen[:, sequences].clamp_max(self.window) // self.page_size)
+        kept = -(-self.kept[:, self._chains(sequences)] // self.page_size)
+        in_ring = column < ring.repeat_interleave(self.kv_heads, 1)[..., None]
+        return in_ring | ((column >= self.ring_pages) & (column < self.ring_pages + kept[..., None]))

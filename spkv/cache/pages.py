@@ -1,57 +1,62 @@
-"""Page bookkeeping: which pages of the pool are free. Integers only, so that plain tests cover it."""
+"""Page bookkeeping on the host: how many pages there are, and how many are free at least. Integers only.
+
+Pages are handed out on the device, where nobody tells the host how many. What the host knows is a bound: the free
+pages at the time it last asked, less what every pass since then could have taken at most. It asks again, which waits
+for the device, only when the bound does not suffice.
+"""
 
 from __future__ import annotations
 
 
 class PoolFullError(RuntimeError):
-    """The pool has reached its bound and cannot hand out the pages asked for."""
+    """The pool has reached its bound and cannot hold the pages asked for."""
 
 
-class PageList:
-    """The free pages of a pool whose capacity can grow up to a bound.
+class PageBudget:
+    """The pages of a pool that can grow up to a limit.
 
     Attributes:
         capacity: pages in the pool, free or in use.
-        limit: the most pages the pool may have, or None.
+        limit: the most pages that the pool may have, or None.
+        free: pages that are free at least.
     """
 
     def __init__(self, limit: int | None = None):
         if limit is not None and limit < 1:
             raise ValueError(f"the page limit must be at least 1 or None, not {limit}")
-        self.capacity = 0
-        self.limit = limit
-        self._free: list[int] = []
+        self.capacity, self.limit, self.free = 0, limit, 0
 
-    @property
-    def in_use(self) -> int:
-        return self.capacity - len(self._free)
+    def spend(self, count: int) -> bool:
+        """Set `count` pages aside, if so many are known to be free."""
+        if count > self.free:
+            return False
+        self.free -= count
+        return True
 
-    def shortfall(self, count: int) -> int:
-        """Pages the pool must grow by before `take(count)`; raises PoolFullError if the bound forbids it."""
-        missing = max(0, count - len(self._free))
-        if self.limit is not None and self.capacity + missing > self.limit:
+    def learn(self, free: int) -> None:
+        """The device says how many pages are free."""
+        assert 0 <= free <= self.capacity
+        self.free = free
+
+    def growth(self, count: int, wanted: int) -> int:
+        """Pages to add so that `count` can be set aside: the missing ones, or up to `wanted` where the limit allows.
+
+        Raises:
+            PoolFullError: if the limit does not allow the missing ones.
+        """
+        missing = max(0, count - self.free)
+        if self.limit is None:
+            return max(missing, wanted) if missing else 0
+        room = self.limit - self.capacity
+        if missing > room:
             raise PoolFullError(
-                f"{count} pages are needed and {len(self._free)} of {self.capacity} are free, but the pool may hold "
+                f"{count} pages are needed and {self.free} of {self.capacity} are free, but the pool may hold "
                 f"{self.limit} at most; raise max_memory, or use fewer or shorter sequences"
             )
-        return missing
+        return min(room, max(missing, wanted)) if missing else 0
 
     def grow(self, count: int) -> None:
-        """Add `count` new pages, up to the limit."""
-        if self.limit is not None:
-            count = min(count, self.limit - self.capacity)
-        # Lowest ids are handed out first, which keeps a young pool's pages together.
-        self._free[:0] = range(self.capacity + count - 1, self.capacity - 1, -1)
+        """`count` free pages were added."""
         self.capacity += count
-
-    def take(self, count: int) -> list[int]:
-        """Hand out `count` pages. The pool must have them: see `shortfall`."""
-        if count > len(self._free):
-            raise PoolFullError(f"{count} pages were asked for and {len(self._free)} are free")
-        taken = self._free[len(self._free) - count :][::-1]
-        del self._free[len(self._free) - count :]
-        return taken
-
-    def give(self, pages: list[int]) -> None:
-        """Take pages back."""
-        self._free.extend(reversed(pages))
+        self.free += count
+        assert self.limit is None or self.capacity <= self.limit

@@ -115,9 +115,8 @@ class SPKVCache(Cache):
         """Bytes that a dense cache of the same tokens would take: global layers in full, local layers as they are."""
         if not self.packed.sequences:
             return 0
-        pair_bytes = self.packed.pool[:1].element_size() * 2 * self.packed.pool.shape[-1]
         pairs = int(self.packed.seen.sum()) * self.packed.kv_heads
-        return pairs * pair_bytes + self.nbytes - self.packed.nbytes
+        return pairs * self.packed.pair_bytes + self.nbytes - self.packed.nbytes
 
     def density(self) -> float | None:
         """Kept pairs / pairs that have left the window, over all global layers; None if none has left it."""

@@ -37,6 +37,17 @@ def _needs_cpu(arguments: dict[str, Any]) -> str | None:
     return None if device.type == "cpu" else f"it runs on CPU only, and the query is on {device}"
 
 
+def _needs_one_tensor(arguments: dict[str, Any]) -> str | None:
+    packed = arguments.get("packed") or arguments.get("past")
+    if packed is not None and packed.scattered:
+        return "it finds pages by index in one tensor, and this cache's lie in slabs"
+    return None
+
+
+def _all_of(*obstacles: Callable[[dict[str, Any]], str | None]) -> Callable[[dict[str, Any]], str | None]:
+    return lambda arguments: next((reason for obstacle in obstacles if (reason := obstacle(arguments))), None)
+
+
 _GATED_ATTENTION = (
     Implementation("triton", _function("triton.train", "gated_attention"), limits.attention),
     Implementation("flex", _function("flex", "gated_attention"), _needs_cuda),
@@ -45,14 +56,14 @@ _GATED_ATTENTION = (
 )
 _PRUNED_PREFILL = (
     Implementation("triton", _function("triton.prefill", "pruned_prefill"), limits.prefill),
-    Implementation("flex", _function("flex", "pruned_prefill"), _needs_cuda),
-    Implementation("sdpa", _function("sdpa", "pruned_prefill")),
-    Implementation("reference", _function("reference", "pruned_prefill")),
+    Implementation("flex", _function("flex", "pruned_prefill"), _all_of(_needs_cuda, _needs_one_tensor)),
+    Implementation("sdpa", _function("sdpa", "pruned_prefill"), _needs_one_tensor),
+    Implementation("reference", _function("reference", "pruned_prefill"), _needs_one_tensor),
 )
 _PACKED_DECODE = (
     Implementation("triton", _function("triton.decode", "packed_decode"), limits.decode),
-    Implementation("sdpa", _function("sdpa", "packed_decode"), _needs_cpu),
-    Implementation("reference", _function("reference", "packed_decode")),
+    Implementation("sdpa", _function("sdpa", "packed_decode"), _all_of(_needs_cpu, _needs_one_tensor)),
+    Implementation("reference", _function("reference", "packed_decode"), _needs_one_tensor),
 )
 
 
@@ -202,7 +213,7 @@ def packed_decode(
 
 _WRITE = (
     Implementation("triton", _function("triton.write", "write"), limits.write),
-    Implementation("reference", _function("reference", "write")),
+    Implementation("reference", _function("reference", "write"), _needs_one_tensor),
 )
 
 

@@ -25,6 +25,8 @@ class PackedLayer:
         window: w.
         free: [pages] int32, a stack of page ids that belong to no chain, or None; shared by all layers.
         taken: [1] int32, given with `free`: how many of its pages, from the start, were handed out so far.
+        scattered: page ids say how many pages' bytes a page lies from the start of `pool`, and may lead out of it, to
+            another allocation. Only implementations that compute addresses themselves can read such pages.
 
     With `free`, `write` hands pages out: a ring gets one when the first token enters it, a chain's end when an append
     begins it. Without, the table must hold the pages before `write` is called. Either way the table needs the columns
@@ -46,6 +48,7 @@ class PackedLayer:
     window: int
     free: Tensor | None = None
     taken: Tensor | None = None
+    scattered: bool = False
 
     def __post_init__(self) -> None:
         if (self.free is None) != (self.taken is None):

@@ -164,16 +164,19 @@ def packed_decode(
 def count_leaving(packed: PackedLayer, keep: Tensor, valid: Tensor | None) -> Tensor:
     """Return [C] int64: kept pairs that leave the window of each chain when `keep`'s tokens [B, Hkv, T] arrive."""
     B, Hkv, T = keep.shape
-    if T == 1 and valid is None:
-        slot = (packed.seen % packed.window).repeat_interleave(Hkv).long()[:, None]
-        leaving = packed.ring_keep.gather(1, slot)[:, 0] & (packed.seen >= packed.window).repeat_interleave(Hkv)
-        return leaving.long()
-    counts = []
-    for b in range(B):
-        columns = valid_columns(valid, b, T, keep.device)
-        recent_keep = torch.cat([ring_pairs(packed, b)[2], keep[b, :, columns]], dim=1)
-        counts.append(recent_keep[:, : max(0, recent_keep.shape[1] - packed.window)].sum(1))
-    return torch.cat(counts)
+    w = packed.window
+    arriving = packed.seen.new_full((B,), T) if valid is None else valid.sum(1)
+    # The j-th token to arrive claims the slot of position seen + j - w, if there ever was one.
+    j = torch.arange(min(w, T), device=keep.device)
+    claimed = (packed.seen[:, None] + j) % w
+    leaves = (j < arriving[:, None]) & (packed.seen[:, None] + j >= w)
+    ring_keep = packed.ring_keep.view(B, Hkv, w).gather(2, claimed.long()[:, None].expand(-1, Hkv, -1))
+    count = (ring_keep & leaves[:, None]).sum(2)
+    if T > w:
+        nth = torch.arange(T, device=keep.device) if valid is None else valid.cumsum(1) - 1
+        passes = (nth < arriving[:, None] - w) if valid is None else valid & (nth < arriving[:, None] - w)
+        count += (keep & passes[:, None]).sum(2)
+    return count.flatten()
 
 
 def write(packed: PackedLayer, key: Tensor, value: Tensor, keep: Tensor, valid: Tensor | None = None) -> None:

@@ -1,5 +1,7 @@
 """The packed cache against the dense oracle, and its memory."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +12,10 @@ from spkv.cache.packed import PackedCache
 from spkv.cache.pages import PoolFullError
 
 D = 4
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+needs_triton = pytest.mark.skipif(
+    not (torch.cuda.is_available() or INTERPRETED), reason="Triton needs a GPU, or TRITON_INTERPRET=1"
+)
 
 
 class Text:
@@ -40,10 +46,17 @@ def poison(cache):
     ring = slot < cache.seen.clamp_max(cache.window).repeat_interleave(cache.kv_heads, 1)[..., None]
     kept = (slot >= cache.ring_pages * P) & (slot < cache.ring_pages * P + cache.kept[..., None])
     layer, chain, slot = (ring | kept).nonzero(as_tuple=True)
-    times_held = torch.zeros(cache.pool.shape[0], P, dtype=torch.long)
+    times_held = torch.zeros(cache.budget.capacity, P, dtype=torch.long)
     times_held.index_put_((cache.table[layer, chain, slot // P].long(), slot % P), torch.tensor(1), accumulate=True)
     assert times_held.max() <= 1, "two pairs share a slot"
-    cache.pool.transpose(1, 2)[times_held == 0] = float("nan")
+    cache.pool.pages.transpose(1, 2)[times_held == 0] = float("nan")
+
+
+def pages_held(cache):
+    """Pages that chains need, and no two share."""
+    ids = cache.table[cache._columns_in_use(list(range(cache.sequences)))]
+    assert ids.unique().numel() == ids.numel()
+    return ids.numel()
 
 
 def run(cache, text, schedule, *, poisoned=True, **options):
@@ -109,8 +122,7 @@ def test_any_schedule_gives_what_the_oracle_gives(data, implementation):
             torch.testing.assert_close(outputs[layer][b], expected, rtol=1e-9, atol=1e-10)
             kept = text.keep[layer, b, :, : max(0, total - window)].sum(-1)
             assert cache.kept_pairs()[layer, b].tolist() == kept.tolist()
-    pages_needed = sum(len(columns) for b in range(B) for columns in cache._pages_of(b).values())
-    assert cache.pages.in_use == pages_needed
+    assert cache.pages_in_use() == pages_held(cache)
 
 
 @settings(max_examples=25)
@@ -139,7 +151,7 @@ def test_selected_sequences_continue_as_their_sources_and_no_page_leaks(window, 
             expected = oracle(text, layer, source, window)[:, before:]
             actual = torch.cat([out[b] for out in outputs[layer]], dim=1)
             torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
-    assert cache.pages.in_use == sum(len(c) for b in range(len(indices)) for c in cache._pages_of(b).values())
+    assert cache.pages_in_use() == pages_held(cache)
 
 
 def test_a_state_round_trip_continues_alike_and_is_compact():
@@ -147,7 +159,7 @@ def test_a_state_round_trip_continues_alike_and_is_compact():
     cache, copy = PackedCache(2, 2, 8, 4), PackedCache(2, 2, 8, 4)
     run(cache, text, [[40, 40]])
     copy.load_state(cache.state())
-    assert copy.pool.shape[0] == cache.pages.in_use == copy.pages.in_use
+    assert copy.budget.capacity == cache.pages_in_use() == copy.pages_in_use()
     for i in range(40, 50):
         chunk = [t[0, :, :, i : i + 1] for t in (text.query, text.key, text.value, text.keep)]
         assert torch.equal(cache.attend(0, *chunk, scale=0.5), copy.attend(0, *chunk, scale=0.5))
@@ -172,9 +184,9 @@ def test_memory_follows_density_and_is_what_the_tensors_hold():
     held = int(cache.kept_pairs().sum()) + 2 * 4 * 128
     assert held / (2 * 4 * T) <= 0.27
     assert cache.nbytes <= 0.27 * dense_bytes
-    tensors = [v for v in vars(cache).values() if isinstance(v, torch.Tensor)]
+    tensors = [v for owner in (cache, cache.pool) for v in vars(owner).values() if isinstance(v, torch.Tensor)]
     assert cache.nbytes == sum(t.untyped_storage().nbytes() for t in tensors)
-    pages_bytes = cache.pool.numel() * cache.pool.element_size()
+    pages_bytes = cache.budget.capacity * cache.pool.page_bytes
     assert pages_bytes / (held * 2 * 64 * 4) <= 1.05
 
 
@@ -188,6 +200,94 @@ def test_a_full_pool_says_so_and_leaves_the_layer_as_it_was():
     assert all(torch.equal(tensor, before[name]) for name, tensor in cache.state().items())
     with pytest.raises(ValueError, match="max_memory=10 bytes do not hold one page"):
         run(PackedCache(1, 1, 16, 4, max_memory=10), text, [[1]], poisoned=False)
+
+
+def test_a_sequence_dropped_from_a_full_pool_leaves_the_others_as_they_were():
+    text = Text(2, 2, 1, 1, 64, 1.0)
+    # Both sequences: 4 pages for the ring, 5 for the 20 kept pairs of each layer; 3 pages are left.
+    cache = PackedCache(2, 1, 16, 4, max_memory=(2 * 2 * 9 + 3) * 2 * 4 * D * 8)
+    run(cache, text, [[36, 36]], poisoned=False)
+    chunk = [t[:, :1, :, 36:48] for t in (text.query, text.key, text.value, text.keep)]
+    cache.attend(0, *(t[0] for t in chunk), scale=0.5, sequences=slice(0, 1))
+    with pytest.raises(PoolFullError, match="3 pages are needed and 0 of 39 are free"):
+        cache.attend(1, *(t[1] for t in chunk), scale=0.5, sequences=slice(0, 1))
+    token = [t[0, :, :, 36:37] for t in (text.query, text.key, text.value, text.keep)]
+    with pytest.raises(PoolFullError, match=r"left sequences \[0\] incomplete: drop them"):
+        cache.attend(0, *token, scale=0.5)
+    with pytest.raises(PoolFullError, match=r"left sequences \[0\] incomplete: drop them"):
+        cache.prepare(1)
+    cache.drop([0])
+    assert cache.pages_in_use() == pages_held(cache) == 2 * 9
+    chunk = [t[:, 1:, :, 36:48] for t in (text.query, text.key, text.value, text.keep)]
+    for layer in range(2):
+        actual = cache.attend(layer, *(t[layer] for t in chunk), scale=0.5, sequences=slice(1, 2))
+        torch.testing.assert_close(actual[0], oracle(text, layer, 1, 16)[:, 36:48], rtol=1e-9, atol=1e-10)
+
+
+def test_after_prepare_single_tokens_always_fit_and_a_pool_too_full_says_so_before_anything_changes():
+    T, layers = 200, 3
+    text = Text(layers, 2, 2, 1, T, 0.5)
+    cache = PackedCache(layers, 2, 16, 4, max_memory=170 * 2 * 4 * D * 8)
+    run(cache, text, [[30, 30]], poisoned=False)
+    done = 30
+    with pytest.raises(PoolFullError, match="may hold 170 at most"):
+        while True:
+            steps = cache.prepare(7)
+            assert 1 <= steps <= 7
+            for t in range(done, done + steps):
+                for layer in range(layers):
+                    chunk = [x[layer, :, :, t : t + 1] for x in (text.query, text.key, text.value, text.keep)]
+                    out = cache.attend(layer, *chunk, scale=0.5)
+                    expected = torch.stack([oracle(text, layer, b, 16)[:, t : t + 1] for b in range(2)])
+                    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-10)
+            done += steps
+    # A step of two sequences takes 12 pages at most.
+    assert cache.budget.capacity == 170
+    assert cache.pool.free_count() < 12
+    assert cache.seen.tolist() == [[done, done]] * layers
+    cache.drop([0])
+    assert cache.prepare(1) == 1
+
+
+@settings(max_examples=20)
+@given(data=st.data())
+def test_sequences_come_continue_and_go_at_any_time_and_no_page_leaks(data):
+    layers, places, window = 2, 3, data.draw(st.integers(1, 12))
+    texts = [Text(layers, 1, 2, 1, 120, 0.4) for _ in range(8)]
+    cache = PackedCache(layers, 2, window, 4, max_memory=400 * 2 * 4 * D * 8)
+    cache.allocate(texts[0].key[0].expand(places, -1, -1, -1))
+    running = [None] * places  # (number of the text, tokens done)
+    arrived = 0
+    for _ in range(data.draw(st.integers(1, 12))):
+        b = data.draw(st.integers(0, places - 1))
+        if running[b] is None and arrived < len(texts):
+            running[b], arrived = (arrived, 0), arrived + 1
+        elif running[b] is not None and (data.draw(st.booleans()) or running[b][1] > 60):
+            cache.drop([b])
+            running[b] = None
+        # One sequence reads a chunk; then all that run take a token each.
+        count = data.draw(st.integers(1, 20))
+        for rows, tokens in (([b], count), (list(range(places)), 1)):
+            valid = torch.tensor([[running[r] is not None] for r in rows])
+            for layer in range(layers):
+                parts = []
+                for r in rows:
+                    n, done = running[r] or (0, 0)
+                    parts.append(texts[n].chunk(layer, slice(0, 1), slice(done, done + tokens)))
+                query, key, value, keep = (torch.cat(p) for p in zip(*parts, strict=True))
+                padding = None if bool(valid.all()) else valid.expand(-1, tokens)
+                out = cache.attend(
+                    layer, query, key, value, keep, padding, scale=0.5, sequences=slice(rows[0], rows[-1] + 1)
+                )
+                for i, r in enumerate(rows):
+                    if running[r] is not None:
+                        n, done = running[r]
+                        expected = oracle(texts[n], layer, 0, window)[:, done : done + tokens]
+                        torch.testing.assert_close(out[i], expected, rtol=1e-9, atol=1e-10)
+            for r in rows:
+                if running[r] is not None:
+                    running[r] = (running[r][0], running[r][1] + tokens)
+        assert cache.pages_in_use() == pages_held(cache)
 
 
 def test_pairs_that_do_not_fit_are_refused():
@@ -215,6 +315,64 @@ def test_reset_frees_everything():
     assert cache.sequences == 0
 
 
+class Arena:
+    """Slabs from one tensor, the last ones first and off by some bytes.
+
+    The CPU's own allocator may put slabs too far apart for 32-bit ids.
+    """
+
+    def __init__(self, pool):
+        self.shape, self.memory = pool.pages.shape[1:], pool.pages.new_empty(2**22)
+        self.end = self.memory.numel()
+
+    def __call__(self, count):
+        size = count * self.shape.numel()
+        self.end -= size + 16
+        assert self.end > 0
+        return self.memory[self.end : self.end + size].view(count, *self.shape)
+
+
+@needs_triton
+@settings(max_examples=3 if INTERPRETED else 20)
+@given(data=st.data(), dtype=st.sampled_from([torch.float32, torch.float16]))
+def test_slabs_hold_what_one_tensor_holds(data, dtype):
+    B, Hkv, window = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 2)), data.draw(st.integers(1, 30))
+    schedule = data.draw(schedules(B))
+    totals = [sum(step[b] for step in schedule) for b in range(B)]
+    text = Text(2, B, Hkv, 2, max(totals), 0.5, dtype, "cuda" if torch.cuda.is_available() else "cpu")
+    caches = {slabs: PackedCache(2, Hkv, window, 16, slabs=slabs) for slabs in (True, False)}
+    for cache in caches.values():
+        cache.allocate(text.key[0])
+    if INTERPRETED:
+        caches[True].pool._allocate = Arena(caches[True].pool)
+    in_slabs, in_one = (run(cache, text, schedule, poisoned=False) for cache in caches.values())
+    for layer in range(2):
+        for b in range(B):
+            assert torch.equal(in_slabs[layer][b], in_one[layer][b])
+    slabs = len(caches[True].pool._slabs)
+    assert slabs > 1 or caches[True].budget.capacity == pages_held(caches[True]), slabs
+    assert caches[True].pages_in_use() == caches[False].pages_in_use() == pages_held(caches[True])
+    for one, other in zip(caches[True].state().values(), caches[False].state().values(), strict=True):
+        assert one.shape == other.shape
+    copy = PackedCache(2, Hkv, window, 16, slabs=False)
+    copy.load_state(caches[True].state())
+    step = [t[:, :, :, :1] for t in (text.query, text.key, text.value, text.keep)]
+    for layer in range(2):
+        chunk = [t[layer] for t in step]
+        assert torch.equal(caches[True].attend(layer, *chunk), copy.attend(layer, *chunk))
+
+
+@needs_triton
+def test_slabs_are_refused_where_pages_are_found_by_index():
+    text = Text(1, 1, 1, 1, 8, 1.0, torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
+    cache = PackedCache(1, 1, 4, slabs=True)
+    chunk = [t[0] for t in (text.query, text.key, text.value, text.keep)]
+    cache.attend(0, *chunk)
+    for implementation in ("reference", "sdpa"):
+        with pytest.raises(ValueError, match="finds pages by index in one tensor, and this cache's lie in slabs"):
+            cache.attend(0, *chunk, implementation=implementation)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("implementation", [None, "reference"])
 @pytest.mark.parametrize(("window", "page_size"), [(1, 16), (17, 16), (128, 16), (300, 4)])
@@ -225,8 +383,8 @@ def test_the_same_on_a_gpu(window, page_size, implementation):
     expected = [[oracle(text, layer, b, window)[:, : totals[b]] for b in range(2)] for layer in range(2)]
     for name in ("query", "key", "value", "keep"):
         setattr(text, name, getattr(text, name).cuda())
-    cache = PackedCache(2, 2, window, page_size)
-    outputs = run(cache, text, schedule, poisoned=False)
+    cache = PackedCache(2, 2, window, page_size, slabs=False if implementation else None)
+    outputs = run(cache, text, schedule, poisoned=False, implementation=implementation)
     for layer in range(2):
         for b in range(2):
             error = (outputs[layer][b].cpu() - expected[layer][b]).norm() / expected[layer][b].norm()

@@ -1,48 +1,50 @@
-"""Page bookkeeping."""
+"""Page bookkeeping on the host."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spkv.cache.pages import PageList, PoolFullError
+from spkv.cache.pages import PageBudget, PoolFullError
 
 
-def test_pages_are_handed_out_once_lowest_first():
-    pages = PageList()
-    pages.grow(4)
-    assert pages.take(3) == [0, 1, 2]
-    pages.grow(2)
-    assert pages.in_use == 3
-    assert sorted(pages.take(3)) == [3, 4, 5]
-    assert pages.in_use == pages.capacity == 6
+def test_pages_are_spent_once_and_growth_covers_what_is_missing():
+    budget = PageBudget()
+    assert not budget.spend(1)
+    assert budget.growth(3, wanted=0) == 3
+    budget.grow(3)
+    assert budget.spend(2)
+    assert budget.growth(1, wanted=10) == 0
+    assert budget.growth(2, wanted=10) == 10
+    assert budget.growth(2, wanted=0) == 1
+    budget.learn(2)
+    assert budget.spend(2)
+    assert not budget.spend(1)
 
 
-def test_shortfall_says_how_much_to_grow_and_the_limit_is_enforced():
-    pages = PageList(limit=5)
-    assert pages.shortfall(3) == 3
-    pages.grow(100)
-    assert pages.capacity == 5
-    pages.take(3)
-    assert pages.shortfall(2) == 0
+def test_the_limit_is_enforced():
+    budget = PageBudget(limit=5)
+    budget.grow(budget.growth(3, wanted=100))
+    assert budget.capacity == 5
+    assert budget.spend(3)
     with pytest.raises(PoolFullError, match="3 pages are needed and 2 of 5 are free, but the pool may hold 5 at most"):
-        pages.shortfall(3)
-    with pytest.raises(PoolFullError, match="3 pages were asked for and 2 are free"):
-        pages.take(3)
+        budget.growth(3, wanted=0)
     with pytest.raises(ValueError, match="at least 1 or None, not 0"):
-        PageList(limit=0)
+        PageBudget(limit=0)
 
 
-@given(st.lists(st.tuples(st.booleans(), st.integers(0, 9)), max_size=40))
-def test_no_page_is_ever_held_twice_or_lost(steps):
-    pages, held = PageList(), []
-    for take, count in steps:
-        if take:
-            pages.grow(pages.shortfall(count))
-            taken = pages.take(count)
-            assert not set(taken) & set(held)
-            held += taken
-        else:
-            pages.give(held[:count])
-            del held[:count]
-        assert pages.in_use == len(held)
-        assert all(0 <= page < pages.capacity for page in held)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.booleans()), max_size=40), st.integers(1, 200))
+def test_the_host_never_believes_in_more_free_pages_than_there_are(steps, limit):
+    budget, truly_free = PageBudget(limit), 0
+    for bound, taken, asks in steps:
+        if asks:
+            budget.learn(truly_free)
+        if not budget.spend(bound):
+            try:
+                growth = budget.growth(bound, wanted=taken)
+            except PoolFullError:
+                continue
+            budget.grow(growth)
+            truly_free += growth
+            assert budget.spend(bound)
+        truly_free -= min(bound, taken)
+        assert 0 <= budget.free <= truly_free <= budget.capacity <= limit

@@ -75,8 +75,8 @@ def test_beam_search_with_open_gates_is_the_original_models(attached):
         assert torch.equal(attached.generate(ids, **options), expected)
     pruned = attached.generate(ids, return_dict_in_generate=True, **options)
     cache = pruned.past_key_values
-    pages = sum(len(c) for b in range(cache.packed.sequences) for c in cache.packed._pages_of(b).values())
-    assert cache.packed.pages.in_use == pages
+    pages = int(cache.packed._columns_in_use(list(range(cache.packed.sequences))).sum())
+    assert cache.packed.pages_in_use() == pages
 
 
 def test_chunked_prefill_in_generate(attached):
