@@ -9,8 +9,9 @@ suffice: in steady decoding once in P steps, for all layers together.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -211,6 +212,15 @@ class PackedCache:
             self._kept_most[layer] += tokens
             assert self._credit[layer] >= 0
 
+    @contextlib.contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Passes inside change nothing that the host knows: they run on the device only, when a graph is replayed."""
+        before = [*self._seen_least], [*self._kept_most], [*self._credit]
+        try:
+            yield
+        finally:
+            self._seen_least, self._kept_most, self._credit = before
+
     def drop(self, sequences: list[int]) -> None:
         """Forget sequences and free their pages; the others go on, and new ones can take their places."""
         self._check_sequences(sequences)
@@ -234,20 +244,18 @@ class PackedCache:
         self._credit = [0] * self.layers
         # A sequence's first use keeps its pages, every further use copies them.
         repeated = [n for n, i in enumerate(wanted) if i in wanted[:n]]
-        sources = [wanted[n] for n in repeated]
-        used = self._columns_in_use(sources)
-        old_ids = self.table[:, self._chains(sources)][used]
+        used = {i: self._columns_in_use([i]) for i in {wanted[n] for n in repeated}}
         self._ask()
-        self._set_aside(old_ids.numel())
+        self._set_aside(sum(int(used[wanted[n]].sum()) for n in repeated))
         chains = self._chains(wanted)
         self.table, self.kept = self.table[:, chains], self.kept[:, chains]
         self.seen, self.ring_keep = self.seen[:, wanted], self.ring_keep[:, chains]
-        if repeated:
-            new_ids = self.pool.take(old_ids.numel())
+        for n in repeated:  # one by one, since each copy exists twice for a moment
+            own = self.table[:, self._chains([n])]
+            old_ids = own[used[wanted[n]]]
+            own[used[wanted[n]]] = new_ids = self.pool.take(old_ids.numel())
             self.pool.scatter(new_ids, self.pool.gather(old_ids))
-            copies = self.table[:, self._chains(repeated)]
-            copies[used] = new_ids
-            self.table[:, self._chains(repeated)] = copies
+            self.table[:, self._chains([n])] = own
         self.sequences = len(wanted)
         self._incomplete = {n for n, i in enumerate(wanted) if i in self._incomplete}
         self._moves += 1

@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from spkv.config import SPKVConfig, check_threshold
 from spkv.gates import Gate, ThresholdGate
-from spkv.hf import forward
+from spkv.hf import forward, graph
 from spkv.hf.cache import SPKVCache
 from spkv.hf.families import Decoder, find_decoder
 from spkv.predictor import UtilityPredictor
@@ -155,6 +155,9 @@ def attach(model: PreTrainedModel, config: SPKVConfig | None = None) -> PreTrain
     module: Any = decoder.module
     module.spkv_attachment = attachment
     _set_implementation(attachment, active=True)
+    if model.can_generate():
+        # On the instance, in front of the class's: graph.py says why.
+        model.generate = functools.partial(graph.generate, model, attachment, model.generate)
     return model
 
 
@@ -180,6 +183,9 @@ def detach(model: nn.Module) -> nn.Module:
     for index in found.layers:
         del found.decoder.attentions[index].utility_predictor
     del found.decoder.module.spkv_attachment
+    for module in model.modules():
+        if getattr(module.__dict__.get("generate"), "func", None) is graph.generate:
+            del module.generate
     return model
 
 

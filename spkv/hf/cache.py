@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -90,6 +92,7 @@ class SPKVCache(Cache):
         super().__init__(layers=self._new_layers())
         self.packed = PackedCache(len(self.global_layers), decoder.kv_heads, window, page_size, max_memory)
         self.window = window
+        self.active: Tensor | None = None  # inside `stepping`
         self._slot = {layer: slot for slot, layer in enumerate(self.global_layers)}
 
     def _new_layers(self) -> list[Any]:
@@ -102,6 +105,29 @@ class SPKVCache(Cache):
         own: Any = self.layers[layer]
         own.pending = False
         return self.packed.attend(self._slot[layer], *args, **kwargs)
+
+    @contextlib.contextmanager
+    def stepping(self, active: Tensor) -> Iterator[None]:
+        """Run a pass of single tokens that the device alone counts, as it will be replayed from a CUDA graph.
+
+        Args:
+            active: [1] bool on the device; where it is False, nothing is written. `advance` tells the host afterwards.
+        """
+        columns = [(layer, layer.columns) for layer in self.layers if isinstance(layer, SPKVLayer)]
+        self.active = active
+        try:
+            with self.packed.uncounted():
+                yield
+        finally:
+            self.active = None
+            for layer, before in columns:
+                layer.columns, layer.pending = before, False
+
+    def advance(self, columns: int) -> None:
+        """So many tokens more were written inside `stepping`."""
+        for layer in self.layers:
+            if isinstance(layer, SPKVLayer):
+                layer.columns += columns
 
     @property
     def nbytes(self) -> int:

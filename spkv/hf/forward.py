@@ -85,7 +85,12 @@ def decoder_pre_hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     kwargs["use_cache"] = cache is not None
     B, T = inputs.shape[:2]
     past = 0 if cache is None else cache.get_seq_length()
-    valid = _valid_tokens(kwargs.get("attention_mask"), B, T, past, cache)
+    if cache is not None and cache.active is not None:
+        valid = cache.active.expand(B)[:, None]
+    else:
+        valid = _valid_tokens(kwargs.get("attention_mask"), B, T, past, cache)
+    if T == 1 and cache is not None and cache.packed.sequences:
+        cache.packed.prepare(1)  # a full pool says so before the first layer has taken the token
     segment_ids = kwargs.pop("segment_ids", None)
     if segment_ids is not None and cache is not None:
         raise ValueError("segment_ids (packed documents) cannot be combined with a cache; pass use_cache=False")

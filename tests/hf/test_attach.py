@@ -364,7 +364,7 @@ def test_after_a_full_pool_the_cache_wants_a_reset(attached):
     cache = spkv.attachment(attached).new_cache(max_memory=20_000)
     with pytest.raises(PoolFullError):
         attached.generate(text(4, 60), past_key_values=cache, **GREEDY)
-    with pytest.raises(PoolFullError, match="left it incomplete: reset the cache"):
+    with pytest.raises(PoolFullError, match=r"left sequences \[0, 1, 2, 3\] incomplete: drop them, or reset the cache"):
         attached(text(4, 1), past_key_values=cache)
     cache.reset()
     assert attached(text(1, 5), past_key_values=cache).past_key_values is cache

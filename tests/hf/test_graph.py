@@ -1,0 +1,186 @@
+"""Decoding as a CUDA graph: the same tokens as transformers' own loop. On a CPU the steps are run instead of replayed."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+import spkv
+from spkv.cache.pages import PoolFullError
+from spkv.hf import graph
+
+GREEDY = dict(do_sample=False, max_new_tokens=40, eos_token_id=None, pad_token_id=0)
+
+
+@pytest.fixture
+def looping(tiny_llama, scatter_utilities, monkeypatch):
+    """A model whose `generate` takes our loop on any device; without a GPU steps are run instead of replayed."""
+    spkv.attach(tiny_llama, spkv.SPKVConfig(window=9))
+    scatter_utilities(tiny_llama)
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(graph, "obstacle", lambda model, attachment: None)
+        monkeypatch.setattr(graph.DecodeLoop, "_capture", lambda self, step: step)
+    return tiny_llama.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def prompt(model, B=2, T=30):
+    return torch.randint(1, 97, (B, T), generator=torch.Generator().manual_seed(3)).to(model.device)
+
+
+def both(model, ids, **options):
+    """What `generate` returns with our loop and with transformers'."""
+    return [
+        model.generate(ids, cuda_graph=cuda_graph, return_dict_in_generate=True, **options)
+        for cuda_graph in (True, False)
+    ]
+
+
+def assert_same(graphed, eager):
+    assert torch.equal(graphed.sequences, eager.sequences)
+    assert graphed.past_key_values.get_seq_length() == eager.past_key_values.get_seq_length()
+    ours, theirs = (out.past_key_values.packed for out in (graphed, eager))
+    assert torch.equal(ours.seen, theirs.seen)
+    assert torch.equal(ours.kept, theirs.kept)
+
+
+@pytest.mark.parametrize("B", [1, 3])
+@pytest.mark.parametrize("new", [1, 2, 17, 40])
+def test_greedy_tokens_and_the_cache_are_those_of_transformers(looping, B, new):
+    assert_same(*both(looping, prompt(looping, B), **GREEDY | dict(max_new_tokens=new)))
+
+
+def test_chunks_and_left_padding(looping):
+    ids = prompt(looping)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    assert_same(*both(looping, ids, attention_mask=mask, **GREEDY))
+    chunked = looping.generate(ids, attention_mask=mask, cuda_graph=True, prefill_chunk_size=8, **GREEDY)
+    assert torch.equal(chunked, looping.generate(ids, attention_mask=mask, cuda_graph=False, **GREEDY))
+
+
+def test_sequences_end_at_their_end_token_and_the_others_go_on(looping):
+    ids = prompt(looping, 3)
+    free = looping.generate(ids, cuda_graph=False, **GREEDY)[:, 30:]
+    # Ends that different sequences reach at different times, one of them perhaps never.
+    ends = [int(free[0, 5]), int(free[1, 21])]
+    options = GREEDY | dict(eos_token_id=ends, pad_token_id=96)
+    graphed, eager = both(looping, ids, **options)
+    assert_same(graphed, eager)
+    assert (graphed.sequences[:, 30:] == 96).any()
+    one = both(looping, ids[:1], **options)
+    assert_same(*one)
+    assert one[0].sequences.shape[1] <= 30 + 6
+
+
+def test_several_turns_on_one_cache(looping):
+    caches = [spkv.attachment(looping).new_cache() for _ in range(2)]
+    outputs = [prompt(looping)] * 2
+    for turn in range(3):
+        user = prompt(looping, T=5 + turn)
+        outputs = [
+            looping.generate(
+                torch.cat([so_far, user], 1), past_key_values=cache, cuda_graph=cuda_graph,
+                **GREEDY | dict(max_new_tokens=11),
+            )
+            for so_far, cache, cuda_graph in zip(outputs, caches, (True, False), strict=True)
+        ]  # fmt: skip
+        assert torch.equal(*outputs)
+    assert torch.equal(caches[0].packed.kept, caches[1].packed.kept)
+
+
+def test_sampling_follows_the_distribution(looping):
+    ids = prompt(looping, 1).expand(400, -1)
+    options = GREEDY | dict(do_sample=True, top_k=3, temperature=1.5, max_new_tokens=2)
+    with torch.no_grad():
+        logits = looping(ids[:1]).logits[0, -1]
+    expected = torch.zeros(97, device=logits.device).index_add(
+        0, logits.topk(3).indices, (logits.topk(3).values / 1.5).softmax(-1)
+    )
+    drawn = looping.generate(ids, cuda_graph=True, **options)[:, 30].bincount(minlength=97) / 400
+    assert (drawn[expected == 0] == 0).all()
+    # 400 draws of a share p deviate by more than 5 sqrt(p (1 - p) / 400) once in a million cases.
+    assert ((drawn - expected).abs() <= 5 * (expected * (1 - expected) / 400).sqrt() + 1e-6).all()
+
+
+class NeverTwice(LogitsProcessor):
+    """Looks at the tokens so far, so it cannot be part of a graph."""
+
+    def __call__(self, input_ids, scores):
+        return scores.scatter(1, input_ids, float("-inf"))
+
+
+def test_processors_that_look_at_the_tokens_run_after_each_replay(looping):
+    processors = LogitsProcessorList([NeverTwice()])
+    graphed, eager = both(looping, prompt(looping), logits_processor=processors, **GREEDY)
+    assert_same(graphed, eager)
+    assert all(len(set(row.tolist())) == 40 for row in graphed.sequences[:, 30:])
+
+
+class Never(StoppingCriteria):
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (dict(num_beams=2), "the generation mode is beam_search"),
+        (dict(output_scores=True, return_dict_in_generate=True), "output_scores was asked for"),
+        (dict(use_cache=False), "use_cache=False"),
+        (dict(stopping_criteria=StoppingCriteriaList([Never()])), "stopping criterion Never looks at every token"),
+    ],
+)
+def test_what_no_graph_can_do_is_done_eagerly_or_refused(looping, options, reason):
+    ids = prompt(looping)
+    with pytest.raises(graph.NotGraphableError, match=f"cannot be used: .*{reason}"):
+        looping.generate(ids, cuda_graph=True, **GREEDY, **options)
+    left_to_choose = looping.generate(ids, **GREEDY, **options)
+    eager = looping.generate(ids, cuda_graph=False, **GREEDY, **options)
+    assert torch.equal(
+        getattr(left_to_choose, "sequences", left_to_choose), getattr(eager, "sequences", eager)
+    )
+
+
+def test_models_on_a_cpu_and_with_local_layers_are_refused(tiny_llama, make_model=None):
+    spkv.attach(tiny_llama)
+    with pytest.raises(graph.NotGraphableError, match="the model is on cpu"):
+        tiny_llama.generate(prompt(tiny_llama), cuda_graph=True, **GREEDY)
+
+
+def test_a_full_pool_says_so_between_steps_and_the_cache_is_whole(looping):
+    ids = prompt(looping, 1)
+    cache = spkv.attachment(looping).new_cache(max_memory=2 * 2 * 2 * 2 * 16 * 8 * 4)
+    with pytest.raises(PoolFullError, match="raise max_memory"):
+        looping.generate(ids, past_key_values=cache, cuda_graph=True, **GREEDY | dict(max_new_tokens=200))
+    seen = cache.packed.seen
+    assert (seen == seen[0, 0]).all()
+    assert int(seen[0, 0]) >= 30
+
+
+def test_detaching_brings_back_the_models_own_generate(tiny_llama):
+    own = tiny_llama.generate
+    spkv.attach(tiny_llama)
+    assert tiny_llama.generate != own
+    spkv.detach(tiny_llama)
+    assert tiny_llama.generate == own
+    assert "generate" not in vars(tiny_llama)
+
+
+@pytest.mark.gpu
+def test_a_real_graph_is_captured_once_for_many_tokens(monkeypatch, scatter_utilities):
+    from tests.conftest import make_model
+
+    config = LlamaConfig(
+        vocab_size=500, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=8192,
+    )  # fmt: skip
+    model = make_model(config).to("cuda", torch.bfloat16)
+    spkv.attach(model, spkv.SPKVConfig(window=64))
+    scatter_utilities(model)
+    captures = []
+    capture = graph.DecodeLoop._capture
+    monkeypatch.setattr(graph.DecodeLoop, "_capture", lambda self, step: captures.append(1) or capture(self, step))
+    ids = torch.randint(0, 500, (4, 700), device="cuda")
+    graphed, eager = both(model, ids, **GREEDY | dict(max_new_tokens=300))
+    assert len(captures) <= 4
+    # bfloat16 rounds alike in both, since both run the same kernels.
+    assert_same(graphed, eager)
