@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 import spkv
-from benchmarks import baselines, ops
+from benchmarks import baselines, generate, ops
 from benchmarks.timing import (
     DeviceLostError,
     Row,
@@ -47,8 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     start = time.monotonic()
     torch.manual_seed(0)
+    result = environment("benchmarks.run", options.commit, ("flashinfer-python", "fa3-fwd", "transformers"))
+    if options.suite == "generate":
+        generate.run(options, result, lambda: save(result, options.json))
+        result["seconds"] = round(time.monotonic() - start, 1)
+        save(result, options.json)
+        print(json.dumps(result if options.json is None else {"rows": len(result["rows"]), "json": str(options.json)}))
+        return 0
     suite, cases = SUITES[options.suite], options.cases
-    result = environment("benchmarks.run", options.commit, ("flashinfer-python", "fa3-fwd"))
 
     flashinfer = None
     if options.flashinfer is not None:
@@ -95,7 +101,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--suite", choices=sorted(SUITES), required=True)
+    parser.add_argument("--suite", choices=sorted([*SUITES, "generate"]), required=True)
     parser.add_argument("--json", type=Path, help="file for all rows, written after every one")
     parser.add_argument(
         "--cases", type=_cases, default=list(ops.CASES), help=f"of {','.join(ops.CASES)}; default: all, in this order"

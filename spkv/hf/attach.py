@@ -157,7 +157,8 @@ def attach(model: PreTrainedModel, config: SPKVConfig | None = None) -> PreTrain
     _set_implementation(attachment, active=True)
     if model.can_generate():
         # On the instance, in front of the class's: graph.py says why.
-        model.generate = functools.partial(graph.generate, model, attachment, model.generate)
+        instance: Any = model
+        instance.generate = functools.partial(graph.generate, model, attachment, instance.generate)
     return model
 
 

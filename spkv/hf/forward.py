@@ -85,10 +85,10 @@ def decoder_pre_hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     kwargs["use_cache"] = cache is not None
     B, T = inputs.shape[:2]
     past = 0 if cache is None else cache.get_seq_length()
-    if cache is not None and cache.active is not None:
-        valid = cache.active.expand(B)[:, None]
-    else:
+    if cache is None or cache.active is None:
         valid = _valid_tokens(kwargs.get("attention_mask"), B, T, past, cache)
+    else:
+        valid = cache.active.expand(B)[:, None]
     if T == 1 and cache is not None and cache.packed.sequences:
         cache.packed.prepare(1)  # a full pool says so before the first layer has taken the token
     segment_ids = kwargs.pop("segment_ids", None)

@@ -21,6 +21,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from spkv.hf.attach import attachment, find_attachment
 from spkv.hf.cache import SPKVCache
+from spkv.hf.graph import DecodeLoop, obstacle
 
 CHUNK_SIZE = 1024
 # Positions whose logits are held in float32 at once, for the loss.
@@ -159,6 +160,8 @@ def decode(
 ) -> tuple[list[int], float]:
     """Continue one text greedily, token by token; its cache grows by the tokens fed back.
 
+    On CUDA the steps are a replayed graph where `hf/graph.py` can make one.
+
     Args:
         model: the model that read it.
         reading: of a single sequence.
@@ -173,9 +176,15 @@ def decode(
         raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     if reading.next_logits.shape[0] != 1:
         raise ValueError(f"one sequence is decoded at a time, not {reading.next_logits.shape[0]}")
+    start = _now(model.device)
+    found = find_attachment(model)
+    if found is not None and isinstance(reading.cache, SPKVCache) and obstacle(model, found) is None:
+        ends = torch.tensor(sorted(stop), device=model.device) if stop else None
+        loop = DecodeLoop(model, reading.cache, max_new_tokens=max_new_tokens, ends=ends)
+        ids: list[int] = loop.run(reading.next_logits, progress)[0].tolist()
+        return ids, _now(model.device) - start
     token = reading.next_logits.argmax(-1, keepdim=True)
     new_ids = [int(token)]
-    start = _now(model.device)
     while len(new_ids) < max_new_tokens and new_ids[-1] not in stop:
         logits = model(input_ids=token, past_key_values=reading.cache, use_cache=True, logits_to_keep=1).logits
         token = logits[:, -1].argmax(-1, keepdim=True)

@@ -11,6 +11,7 @@ Legend: B sequences, T tokens of the prompt, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ from transformers.generation import (
 )
 
 from spkv.hf.cache import SPKVCache
+from spkv.hf.compiled import compiled_parts
 from spkv.ops.triton import limits
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ def generate(
     original: Callable[..., Any],
     *args: Any,
     cuda_graph: bool | None = None,
+    compile: bool = False,
     **kwargs: Any,
 ) -> Any:
     """`model.generate()` of an attached model: transformers' own, decoding with a CUDA graph where one can be used.
@@ -64,11 +67,15 @@ def generate(
         args, kwargs: as transformers takes them.
         cuda_graph: True insists on the graph, False decodes eagerly, None uses it where it can be used: greedy or
             sampled decoding on CUDA, of a model all of whose attention is global.
+        compile: also fuse the small operations of a step with torch.compile, which takes some seconds once in a
+            process; see `compiled.py`. Needs the graph.
 
     Raises:
         NotGraphableError: if the graph was insisted on and cannot be used; a ValueError.
     """
     if cuda_graph is False:
+        if compile:
+            raise NotGraphableError("compile=True needs the CUDA graph, and cuda_graph=False was given")
         return original(*args, **kwargs)
     reason = obstacle(model, attachment)
     for name in ("custom_generate", "assistant_model", "synced_gpus", "streamer"):
@@ -85,15 +92,23 @@ def generate(
             **model_kwargs: Any,
         ) -> Any:
             return _decode(
-                model, attachment, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
+                model,
+                attachment,
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                model_kwargs,
+                compile,
             )
 
         try:
             return original(*args, custom_generate=loop, **kwargs)
         except NotGraphableError as error:  # raised before anything was computed
             reason = str(error)
-    if cuda_graph:
-        raise NotGraphableError(f"cuda_graph=True was asked for and cannot be used: {reason}")
+    if cuda_graph or compile:
+        asked = "cuda_graph=True" if cuda_graph else "compile=True"
+        raise NotGraphableError(f"{asked} was asked for and cannot be used: {reason}")
     return original(*args, **kwargs)
 
 
@@ -120,6 +135,7 @@ def _decode(
     stopping_criteria: StoppingCriteriaList,
     generation_config: Any,
     model_kwargs: dict[str, Any],
+    compile: bool,
 ) -> Any:
     """What transformers calls in place of its own sampling loop."""
     mode = generation_config.get_generation_mode()
@@ -134,7 +150,7 @@ def _decode(
         raise NotGraphableError(f"{', '.join(wanted)} was asked for")
     inputs = sorted(name for name, value in model_kwargs.items() if value is not None and name not in _KNOWN_INPUTS)
     if inputs or not model_kwargs.get("use_cache"):
-        raise NotGraphableError(f"the model takes more than tokens: {', '.join(inputs)}" if inputs else "use_cache=False")
+        raise NotGraphableError(f"{', '.join(inputs)} was given" if inputs else "use_cache=False")
     criteria = [c for c in stopping_criteria if not isinstance(c, (EosTokenCriteria, MaxLengthCriteria))]
     if criteria:
         raise NotGraphableError(f"the stopping criterion {type(criteria[0]).__name__} looks at every token")
@@ -150,14 +166,15 @@ def _decode(
     loop = DecodeLoop(
         model,
         cache,
-        max_new_tokens=stopping_criteria.max_length - input_ids.shape[1],
+        max_new_tokens=generation_config.max_length - input_ids.shape[1],
         processors=logits_processor,
         sample=bool(generation_config.do_sample),
         ends=ends,
         padding=generation_config._pad_token_tensor,
         prompt=input_ids,
+        compile=compile,
     )
-    sequences = torch.cat([input_ids, loop.run(logits)], dim=1)
+    sequences: Any = torch.cat([input_ids, loop.run(logits)], dim=1)
     if generation_config.return_dict_in_generate:
         return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)
     return sequences
@@ -201,11 +218,12 @@ class DecodeLoop:
         model: the attached model.
         cache: what it holds of the prompts.
         max_new_tokens: the most tokens to make.
-        processors: of the logits, as transformers made them.
-        sample: draw from the distribution instead of taking the most likely token.
         ends: [n] int64, ids that end a sequence, or None.
-        padding: the id that follows an ended sequence; needed with `ends`.
+        padding: the id that follows an ended sequence; needed for several sequences with `ends`.
+        processors: of the logits, as transformers made them.
         prompt: [B, T] int64, for processors that look at it.
+        sample: draw from the distribution instead of taking the most likely token.
+        compile: fuse the small operations of a step.
     """
 
     def __init__(
@@ -214,16 +232,18 @@ class DecodeLoop:
         cache: SPKVCache,
         *,
         max_new_tokens: int,
-        processors: LogitsProcessorList,
-        sample: bool,
-        ends: Tensor | None,
-        padding: Tensor | None,
-        prompt: Tensor,
+        ends: Tensor | None = None,
+        padding: Tensor | None = None,
+        processors: LogitsProcessorList | None = None,
+        prompt: Tensor | None = None,
+        sample: bool = False,
+        compile: bool = False,
     ) -> None:
-        self.model, self.cache = model, cache
-        self.max_new_tokens, self.processors, self.sample = max_new_tokens, processors, sample
-        self.prompt = prompt
-        B, device = prompt.shape[0], model.device
+        self.model, self.cache, self.compile = model, cache, compile
+        self.max_new_tokens, self.sample = max_new_tokens, sample
+        B, device = cache.packed.sequences, model.device
+        self.processors = LogitsProcessorList() if processors is None else processors
+        self.prompt = torch.empty(B, 0, dtype=torch.long, device=device) if prompt is None else prompt
         self.ends = None if ends is None else ends.to(device)
         self.padding = None if padding is None else padding.to(device)
         self.token = torch.zeros(B, 1, dtype=torch.long, device=device)  # the latest of each sequence
@@ -234,29 +254,32 @@ class DecodeLoop:
         self.active = torch.ones(1, dtype=torch.bool, device=device)  # there is a sequence to continue
 
     @torch.no_grad()
-    def run(self, logits: Tensor) -> Tensor:
-        """Choose from [B, V], the logits after the prompts, and go on: returns the new tokens [B, new]."""
+    def run(self, logits: Tensor, progress: Callable[[int], None] | None = None) -> Tensor:
+        """Choose from [B, V], the logits after the prompts, and go on: returns the new tokens [B, new].
+
+        `progress` is called with the number of tokens made so far, now and then.
+        """
         whole = all(isinstance(p, _OF_SCORES_ALONE) for p in self.processors)
         cache = self.cache
         self._accept(logits)
         step, captured = self._step_and_accept if whole else self._step, -1
         left = self.max_new_tokens - 1
-        done = 0
-        while left:
-            ready = cache.packed.prepare(min(left, cache.packed.page_size if whole else 1))
-            if captured != cache.packed.moves:
-                replay, captured = self._capture(step), cache.packed.moves
-            for _ in range(ready):
-                replay()
-            if not whole:
-                self._accept(self._logits)
-            cache.packed.spend(ready)
-            left -= ready
-            done += ready
-            if self.ends is not None and not bool(self.active):
-                break
-        made = int(self.count)
-        cache.advance(made - 1)
+        try:
+            while left and (self.ends is None or bool(self.active)):
+                ready = cache.packed.prepare(min(left, cache.packed.page_size if whole else 1))
+                if captured != cache.packed.moves:
+                    replay, captured = self._capture(step), cache.packed.moves
+                for _ in range(ready):
+                    replay()
+                cache.packed.spend(ready)
+                if not whole:
+                    self._accept(self._logits)
+                left -= ready
+                if progress is not None:
+                    progress(self.max_new_tokens - left)
+        finally:  # a full pool ends the loop between two steps
+            made = int(self.count)
+            cache.advance(made - 1)
         return self.tokens[:, :made]
 
     def _step(self) -> None:
@@ -276,7 +299,8 @@ class DecodeLoop:
 
     def _accept(self, logits: Tensor) -> None:
         """Choose the next tokens from [B, V] and enter them, as transformers does."""
-        scores = self.processors(self._so_far(), logits.float())
+        processors: Any = self.processors
+        scores = processors(self._so_far(), logits.float())
         if self.sample:
             # The largest of p / Exp(1) is drawn with probability p: what torch.multinomial does, without its checks,
             # which would wait for the device.
@@ -304,24 +328,25 @@ class DecodeLoop:
 
     def _capture(self, step: Callable[[], None]) -> Callable[[], None]:
         """A function that does what `step` does, as a graph where that is possible."""
-        active = self.active.clone()
-        # Two runs without a sequence to continue change nothing, but compile kernels and make workspaces.
-        self.active.zero_()
-        side = torch.cuda.Stream(self.model.device)
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                step()
-        torch.cuda.current_stream().wait_stream(side)
-        self.active.copy_(active)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                step()
-        except RuntimeError as error:
-            warnings.warn(
-                f"{type(self.model).__name__} cannot be captured in a CUDA graph and decodes eagerly: {error}",
-                stacklevel=2,
-            )
-            return step
+        active, graph = self.active.clone(), torch.cuda.CUDAGraph()
+        with compiled_parts(self.model) if self.compile else contextlib.nullcontext():
+            # Two runs without a sequence to continue change nothing, but compile kernels and make workspaces.
+            self.active.zero_()
+            side = torch.cuda.Stream(self.model.device)
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):
+                    step()
+            torch.cuda.current_stream().wait_stream(side)
+            self.active.copy_(active)
+            try:
+                with torch.cuda.graph(graph):
+                    step()
+            except RuntimeError as error:
+                self._warn(error)
+                return step
         return graph.replay
+
+    def _warn(self, error: RuntimeError) -> None:
+        name = type(self.model).__name__
+        warnings.warn(f"{name} cannot be captured in a CUDA graph and decodes eagerly: {error}", stacklevel=3)

@@ -172,7 +172,7 @@ def count_leaving(packed: PackedLayer, keep: Tensor, valid: Tensor | None) -> Te
     leaves = (j < arriving[:, None]) & (packed.seen[:, None] + j >= w)
     ring_keep = packed.ring_keep.view(B, Hkv, w).gather(2, claimed.long()[:, None].expand(-1, Hkv, -1))
     count = (ring_keep & leaves[:, None]).sum(2)
-    if T > w:
+    if w < T:
         nth = torch.arange(T, device=keep.device) if valid is None else valid.cumsum(1) - 1
         passes = (nth < arriving[:, None] - w) if valid is None else valid & (nth < arriving[:, None] - w)
         count += (keep & passes[:, None]).sum(2)

@@ -224,23 +224,30 @@ def test_a_sequence_dropped_from_a_full_pool_leaves_the_others_as_they_were():
         torch.testing.assert_close(actual[0], oracle(text, layer, 1, 16)[:, 36:48], rtol=1e-9, atol=1e-10)
 
 
+def prepare_or_none(cache, tokens):
+    try:
+        return cache.prepare(tokens)
+    except PoolFullError:
+        return None
+
+
 def test_after_prepare_single_tokens_always_fit_and_a_pool_too_full_says_so_before_anything_changes():
     T, layers = 200, 3
     text = Text(layers, 2, 2, 1, T, 0.5)
     cache = PackedCache(layers, 2, 16, 4, max_memory=170 * 2 * 4 * D * 8)
     run(cache, text, [[30, 30]], poisoned=False)
     done = 30
+    while steps := prepare_or_none(cache, 7):
+        assert steps <= 7
+        for t in range(done, done + steps):
+            for layer in range(layers):
+                chunk = [x[layer, :, :, t : t + 1] for x in (text.query, text.key, text.value, text.keep)]
+                out = cache.attend(layer, *chunk, scale=0.5)
+                expected = torch.stack([oracle(text, layer, b, 16)[:, t : t + 1] for b in range(2)])
+                torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-10)
+        done += steps
     with pytest.raises(PoolFullError, match="may hold 170 at most"):
-        while True:
-            steps = cache.prepare(7)
-            assert 1 <= steps <= 7
-            for t in range(done, done + steps):
-                for layer in range(layers):
-                    chunk = [x[layer, :, :, t : t + 1] for x in (text.query, text.key, text.value, text.keep)]
-                    out = cache.attend(layer, *chunk, scale=0.5)
-                    expected = torch.stack([oracle(text, layer, b, 16)[:, t : t + 1] for b in range(2)])
-                    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-10)
-            done += steps
+        cache.prepare(1)
     # A step of two sequences takes 12 pages at most.
     assert cache.budget.capacity == 170
     assert cache.pool.free_count() < 12

@@ -1,12 +1,19 @@
-"""Decoding as a CUDA graph: the same tokens as transformers' own loop. On a CPU the steps are run instead of replayed."""
+"""Decoding as a CUDA graph: the same tokens as transformers' loop. On a CPU steps are run instead of replayed."""
 
 import pytest
 import torch
-from transformers import LlamaConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 import spkv
 from spkv.cache.pages import PoolFullError
-from spkv.hf import graph
+from spkv.hf import compiled, graph
 
 GREEDY = dict(do_sample=False, max_new_tokens=40, eos_token_id=None, pad_token_id=0)
 
@@ -135,12 +142,10 @@ def test_what_no_graph_can_do_is_done_eagerly_or_refused(looping, options, reaso
         looping.generate(ids, cuda_graph=True, **GREEDY, **options)
     left_to_choose = looping.generate(ids, **GREEDY, **options)
     eager = looping.generate(ids, cuda_graph=False, **GREEDY, **options)
-    assert torch.equal(
-        getattr(left_to_choose, "sequences", left_to_choose), getattr(eager, "sequences", eager)
-    )
+    assert torch.equal(getattr(left_to_choose, "sequences", left_to_choose), getattr(eager, "sequences", eager))
 
 
-def test_models_on_a_cpu_and_with_local_layers_are_refused(tiny_llama, make_model=None):
+def test_models_on_a_cpu_are_refused(tiny_llama):
     spkv.attach(tiny_llama)
     with pytest.raises(graph.NotGraphableError, match="the model is on cpu"):
         tiny_llama.generate(prompt(tiny_llama), cuda_graph=True, **GREEDY)
@@ -153,7 +158,36 @@ def test_a_full_pool_says_so_between_steps_and_the_cache_is_whole(looping):
         looping.generate(ids, past_key_values=cache, cuda_graph=True, **GREEDY | dict(max_new_tokens=200))
     seen = cache.packed.seen
     assert (seen == seen[0, 0]).all()
-    assert int(seen[0, 0]) >= 30
+    assert int(seen[0, 0]) == cache.get_seq_length() >= 30
+
+
+def test_parts_are_compiled_inside_the_context_and_as_before_after_it(looping, monkeypatch):
+    calls = []
+
+    def compile(function):
+        return lambda *args, **kwargs: calls.append(function.__qualname__) or function(*args, **kwargs)
+
+    monkeypatch.setattr(compiled, "_compile", compile)
+    ids = prompt(looping)
+    with torch.no_grad():
+        expected = looping(ids).logits
+        assert not calls
+        with compiled.compiled_parts(looping):
+            assert torch.equal(looping(ids).logits, expected)
+        names = {"LlamaRMSNorm.forward", "LlamaMLP.forward", "UtilityPredictor.forward", "apply_rotary_pos_emb"}
+        assert set(calls) == names
+        assert calls.count("LlamaRMSNorm.forward") == 5
+        calls.clear()
+        assert torch.equal(looping(ids).logits, expected)
+        assert not calls
+    assert not any("forward" in vars(module) for module in looping.modules())
+
+
+def test_compiling_needs_the_graph(looping, tiny_llama):
+    with pytest.raises(graph.NotGraphableError, match="compile=True needs the CUDA graph, and cuda_graph=False"):
+        looping.generate(prompt(looping), cuda_graph=False, compile=True, **GREEDY)
+    with pytest.raises(graph.NotGraphableError, match=r"compile=True was asked for and cannot be used: .* beam_search"):
+        looping.generate(prompt(looping), compile=True, num_beams=2, **GREEDY)
 
 
 def test_detaching_brings_back_the_models_own_generate(tiny_llama):
@@ -167,13 +201,11 @@ def test_detaching_brings_back_the_models_own_generate(tiny_llama):
 
 @pytest.mark.gpu
 def test_a_real_graph_is_captured_once_for_many_tokens(monkeypatch, scatter_utilities):
-    from tests.conftest import make_model
-
     config = LlamaConfig(
         vocab_size=500, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=8,
         num_key_value_heads=2, head_dim=64, max_position_embeddings=8192,
     )  # fmt: skip
-    model = make_model(config).to("cuda", torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().cuda()
     spkv.attach(model, spkv.SPKVConfig(window=64))
     scatter_utilities(model)
     captures = []
@@ -184,3 +216,7 @@ def test_a_real_graph_is_captured_once_for_many_tokens(monkeypatch, scatter_util
     assert len(captures) <= 4
     # bfloat16 rounds alike in both, since both run the same kernels.
     assert_same(graphed, eager)
+    compiled_too = model.generate(ids, compile=True, return_dict_in_generate=True, **GREEDY | dict(max_new_tokens=300))
+    # Compiled parts round where the model rounds, but add up in another order.
+    same = (compiled_too.sequences == eager.sequences)[:, 700:].cummin(1).values
+    assert same[:, :16].all()
