@@ -54,8 +54,9 @@ _QUICK_SHAPE = LlamaConfig(
     vocab_size=8192, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=16,
     num_key_value_heads=8, head_dim=128, max_position_embeddings=262_144,
 )  # fmt: skip
+LENGTHS = (8192, 32_768, 131_072)
 _SKEWED = -1.0  # stands for the skewed densities of `ops_decode`
-_DENSITIES = (0.25, _SKEWED, 0.10, 0.34)
+DENSITIES = (0.25, _SKEWED, 0.10, 0.34)
 _FEW, _MANY = 17, 145
 _CHECKED = 24  # tokens compared between the graph and transformers' loop
 _PREFILL = 16_384
@@ -71,7 +72,7 @@ def run(options: argparse.Namespace, result: dict[str, Any], save: Callable[[], 
     start = time.monotonic()
     torch.cuda.empty_cache()
     smollm2 = () if options.quick else _smollm2(limits.copy_gb_per_s)
-    for row in itertools.chain(smollm2, _random(options.quick, limits.copy_gb_per_s)):
+    for row in itertools.chain(smollm2, _random(options, limits.copy_gb_per_s)):
         rows.append(row)
         print(line(row), file=sys.stderr, flush=True)
         save()
@@ -88,11 +89,12 @@ def line(row: Row) -> str:
     return f"{name:40} {row['implementation']:6} {row['mode']:8} {marks} " + " ".join(numbers)
 
 
-def _random(quick: bool, copy_rate: float) -> Iterator[Row]:
+def _random(options: argparse.Namespace, copy_rate: float) -> Iterator[Row]:
     """The 8B shape with random weights and every density."""
+    quick = options.quick
     model = _random_model(_QUICK_SHAPE if quick else _SHAPE_8B)
     name = "quick shape" if quick else "Llama-3.1-8B shape"
-    lengths = (2048,) if quick else (8192, 32_768, 131_072)
+    lengths = (2048,) if quick else options.lengths
     iso_length = 2048 if quick else 32_768
     # What is left beside the weights, of which the predictors' are to come, and room for activations.
     predictors = 2 * model.config.num_hidden_layers * model.config.hidden_size**2
@@ -111,12 +113,12 @@ def _random(quick: bool, copy_rate: float) -> Iterator[Row]:
             kv_bytes = _dense_bytes(model, length)
             yield _row(name, "dense", "eager", "prefill", 1, length, 1.0, reads[length], kv_bytes=kv_bytes)
     spkv.attach(model, spkv.SPKVConfig())
-    for density in _DENSITIES:
+    for density in DENSITIES if quick else options.densities:
         skewed = density == _SKEWED
         _set_density(model, density)
         for length in lengths:
             ids = torch.randint(1, model.config.vocab_size, (1, length), device=model.device)
-            iso = budget if length == iso_length and density == _DENSITIES[0] else None
+            iso = budget if length == iso_length and density == DENSITIES[0] else None
             for row in _spkv(model, name, ids, copy_rate, iso):
                 dense = reads.get(length) if row["phase"] == "prefill" else steps.get((row["batch"], length))
                 if row["iso_memory"]:
@@ -174,7 +176,7 @@ def _spkv(
         if torch.cuda.mem_get_info()[0] + _unused() + cache.nbytes < held * batch * 1.02 + _SPARE // 2:
             break
         if batch > 1:
-            cache.select(torch.arange(batch).clamp_max(cache.packed.sequences - 1))
+            cache.batch_select_indices(torch.arange(batch).clamp_max(cache.packed.sequences - 1))
         tokens = torch.cat([ids, ids.new_ones(1, cache.get_seq_length() + 1 - length)], 1).expand(batch, -1)
         if batch == 1:
             _check(model, tokens, cache)
@@ -184,6 +186,7 @@ def _spkv(
                 continue
             few, many = (3, 19) if mode == "eager" else (_FEW, _MANY)
             times = []
+            tokens = _generate(model, tokens, cache, few, mode)  # compiles
             for new in (few, many):
                 torch.cuda.synchronize()
                 before = time.perf_counter()

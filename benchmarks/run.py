@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -126,6 +126,18 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="measure FlashInfer too. It first compiles its kernels with nvcc, for minutes unless its cache holds "
         f"them; those not ready after SECONDS (default {_FLASHINFER_SECONDS:g}) are left out",
     )
+    parser.add_argument(
+        "--lengths",
+        type=_numbers(int),
+        default=list(generate.LENGTHS),
+        help="suite generate: pairs, such as 8192,32768",
+    )
+    parser.add_argument(
+        "--densities",
+        type=_numbers(float),
+        default=list(generate.DENSITIES),
+        help="suite generate: such as 0.25,0.1; -1 for the skewed ones",
+    )
     parser.add_argument("--commit", help="to record; default: what git says")
     return parser.parse_args(argv)
 
@@ -136,6 +148,10 @@ def _cases(text: str) -> list[str]:
     if unknown:
         raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; known are {', '.join(ops.CASES)}")
     return names
+
+
+def _numbers(kind: type) -> Callable[[str], list[Any]]:
+    return lambda text: [kind(number) for number in text.split(",")]
 
 
 def environment(module: str, commit: str | None = None, packages: Sequence[str] = ()) -> dict[str, Any]:

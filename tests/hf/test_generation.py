@@ -129,3 +129,16 @@ def test_bad_arguments_are_named(attached, ids):
         decode(attached, read(attached, ids[:1]), 0)
     with pytest.raises(ValueError, match="one sequence is decoded at a time, not 2"):
         decode(attached, read(attached, ids), 1)
+
+
+@pytest.mark.gpu
+def test_decoding_on_a_gpu_gives_the_tokens_of_transformers(attached, ids):
+    attached.cuda()
+    for stop in ((), (5, 50)):
+        options = dict(do_sample=False, max_new_tokens=40, eos_token_id=list(stop) or None, pad_token_id=0)
+        expected = attached.generate(ids[:1].cuda(), cuda_graph=False, **options)[0, TOKENS:].tolist()
+        calls: list[int] = []
+        new_ids, seconds = decode(attached, read(attached, ids[:1]), 40, stop=stop, progress=calls.append)
+        assert new_ids == expected
+        assert seconds > 0
+        assert calls == sorted(calls)
