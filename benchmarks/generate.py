@@ -1,10 +1,9 @@
 """The suite `generate`: prefill and decode steps of whole models, self-pruned and dense, on one GPU.
 
 The 8B shape is Llama-3.1-8B with random weights, whose predictors are set so that each head keeps a given share;
-`smollm2` is SmolLM2-135M-Instruct with the shipped adapter on real text. Decoding goes through `model.generate()`: the
-time of a step is the difference between generating many tokens and few, divided by their number, so that prefill,
-capture and compilation drop out. Before anything is timed, the tokens of the graph are compared with those of
-transformers' own loop.
+`smollm2` is SmolLM2-135M-Instruct with the shipped adapter on real text. A step is the median over blocks of replays
+in the loop that `model.generate()` runs; prefill, capture and compilation are not in it. Before anything is timed, the
+tokens of the graph are compared with those of transformers' own loop.
 
 The dense baseline is the same model, its decode step captured by hand in a CUDA graph, with its small operations
 compiled alike, around cuDNN's attention over exactly `length` pairs, growing by none: no dense cache in transformers
@@ -21,6 +20,7 @@ import argparse
 import gc
 import itertools
 import pydoc_data.topics
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -43,6 +43,7 @@ from benchmarks.ops_decode import head_densities
 from benchmarks.timing import measure_limits
 from spkv.checkpoint import resolve_model
 from spkv.hf.compiled import compiled_parts
+from spkv.hf.graph import DecodeLoop
 
 Row = dict[str, Any]
 
@@ -57,7 +58,8 @@ _QUICK_SHAPE = LlamaConfig(
 LENGTHS = (8192, 32_768, 131_072)
 _SKEWED = -1.0  # stands for the skewed densities of `ops_decode`
 DENSITIES = (0.25, _SKEWED, 0.10, 0.34)
-_FEW, _MANY = 17, 145
+_FEW_AND_MANY = (3, 19)  # tokens of an eager measurement
+_STEPS = 162  # of a graph, ten blocks between captures
 _CHECKED = 24  # tokens compared between the graph and transformers' loop
 _PREFILL = 16_384
 _SPARE = 4 * 2**30  # bytes left for activations
@@ -184,16 +186,7 @@ def _spkv(
         for mode in ("compiled", "graph", "eager"):
             if mode != "compiled" and (batch != 8 or length > 32_768):
                 continue
-            few, many = (3, 19) if mode == "eager" else (_FEW, _MANY)
-            times = []
-            tokens = _generate(model, tokens, cache, few, mode)  # compiles
-            for new in (few, many):
-                torch.cuda.synchronize()
-                before = time.perf_counter()
-                tokens = _generate(model, tokens, cache, new, mode)
-                torch.cuda.synchronize()
-                times.append(time.perf_counter() - before)
-            step = 1e3 * (times[1] - times[0]) / (many - few)
+            step, tokens = (_eager_step if mode == "eager" else _graph_step)(model, tokens, cache, mode)
             row = _row(name, "spkv", mode, "decode", batch, length, cache.density(), step, kv_bytes=cache.nbytes)
             row["iso_memory"] = batch not in (1, 8, 16)
             yield _with_limit(row, model, cache.kept_fraction() * cache.dense_nbytes, copy_rate) | _memory(cache)
@@ -212,9 +205,40 @@ def _check(model: PreTrainedModel, tokens: Tensor, cache: Any) -> None:
         raise RuntimeError("the graph does not give the tokens of transformers' loop")
 
 
-def _generate(model: PreTrainedModel, ids: Tensor, cache: Any, new: int, mode: str) -> Tensor:
+def _generate(model: PreTrainedModel, tokens: Tensor, cache: Any, new: int, mode: str) -> Tensor:
     options = dict(do_sample=False, max_new_tokens=new, eos_token_id=None, pad_token_id=0)
-    return model.generate(ids, past_key_values=cache, cuda_graph=mode != "eager", compile=mode == "compiled", **options)
+    graph = dict(cuda_graph=mode != "eager", compile=mode == "compiled")
+    return model.generate(tokens, past_key_values=cache, **graph, **options)
+
+
+def _eager_step(model: PreTrainedModel, tokens: Tensor, cache: Any, mode: str) -> tuple[float, Tensor]:
+    """Milliseconds of a step of transformers' own loop: many tokens less few, divided by their number."""
+    times = []
+    for new in _FEW_AND_MANY:
+        torch.cuda.synchronize()
+        before = time.perf_counter()
+        tokens = _generate(model, tokens, cache, new, mode)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - before)
+    return 1e3 * (times[1] - times[0]) / (_FEW_AND_MANY[1] - _FEW_AND_MANY[0]), tokens
+
+
+@torch.no_grad()
+def _graph_step(model: PreTrainedModel, tokens: Tensor, cache: Any, mode: str) -> tuple[float, Tensor]:
+    """Milliseconds of a step of `generate()`'s loop: the median over blocks of replays, by the GPU's clock."""
+    logits = model(input_ids=tokens[:, -1:], past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    marks: list[tuple[int, torch.cuda.Event]] = []
+
+    def mark(made: int) -> None:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        marks.append((made, event))
+
+    loop = DecodeLoop(model, cache, max_new_tokens=_STEPS, compile=mode == "compiled")
+    new = loop.run(logits, mark)
+    torch.cuda.synchronize()
+    steps = [a.elapsed_time(b) / (n - m) for (m, a), (n, b) in itertools.pairwise(marks)]
+    return statistics.median(steps), torch.cat([tokens, new], 1)
 
 
 def _read(model: PreTrainedModel, cache: Any, ids: Tensor) -> None:
