@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -73,6 +73,7 @@ class PackedCache:
         self._forget()
 
     def _forget(self) -> None:
+        self._moves += 1 + (self.pool.moves if self.__dict__.get("pool") else 0)  # never again a number seen before
         for name in ("pool", "table", "seen", "kept", "ring_keep"):
             self.__dict__.pop(name, None)
         self.sequences = 0
@@ -81,7 +82,17 @@ class PackedCache:
         # kept, and the single tokens for which pages were set aside.
         self._seen_least, self._kept_most, self._credit = ([0] * self.layers for _ in range(3))
         self._incomplete: set[int] = set()  # sequences whose last pass failed half-way
-        self._moves += 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Ids of pages in slabs are distances between addresses, so copies and pickles take pages and not ids.
+        names = ("layers", "kv_heads", "window", "page_size", "max_memory", "slabs")
+        arguments = {name: getattr(self, name) for name in names}
+        return {"arguments": arguments, "state": self.state(), "incomplete": self._incomplete}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state["arguments"])  # type: ignore[misc]
+        self.load_state(state["state"])
+        self._incomplete = state["incomplete"]
 
     @property
     def moves(self) -> int:
@@ -117,19 +128,18 @@ class PackedCache:
             ValueError, TypeError: for shapes or dtypes that do not fit what the cache holds.
         """
         if not self.sequences:
-            self.allocate(key)
+            self.allocate(key, query.shape[1] // key.shape[1])
         rows = self._rows(sequences)
         self._check_batch(key, rows)
-        packed = self.layer(layer, rows)
-        out = None
-        if query.shape[2] > 1:
-            out = pruned_prefill(query, key, value, keep, window=self.window, past=packed, valid=valid, **options)
+        packed, out = self.layer(layer, rows), None
         try:
+            if query.shape[2] > 1:
+                out = pruned_prefill(query, key, value, keep, window=self.window, past=packed, valid=valid, **options)
             moves = self.moves
             self._reserve(layer, rows, keep, valid)
             if self.moves != moves:
                 packed = self.layer(layer, rows)
-        except PoolFullError:
+        except (PoolFullError, torch.OutOfMemoryError):
             self._incomplete.update(rows)
             raise
         write(packed, key.detach(), value.detach(), keep, valid)
@@ -190,20 +200,23 @@ class PackedCache:
             PoolFullError: if not even the next token surely fits. Nothing has changed then.
         """
         self._refuse_incomplete(range(self.sequences))
-        layers = range(self.layers)
         if min(self._credit) >= tokens:
             return tokens
         self._credit = [0] * self.layers
-        pages = -(-tokens // self.page_size)
+        ahead = -(-tokens // self.page_size) * self.page_size
         try:
-            self._provide(list(layers), range(self.sequences), pages * self.page_size)
-            self._credit = [pages * self.page_size for _ in layers]
+            self._provide(range(self.layers), self.sequences, ahead)
         except PoolFullError:
-            whole = self._all_layers()
+            ahead, whole = 1, self._all_layers()
             keep = torch.zeros(whole.seen.shape[0], self.kv_heads, 1, dtype=torch.bool, device=self.table.device)
-            self._provide(list(layers), range(self.sequences), 1, lambda: self._needs(whole, keep, None))
-            self._credit = [1 for _ in layers]
-        return min(tokens, self._credit[0])
+            self._provide(range(self.layers), self.sequences, 1, lambda: self._needs(whole, keep, None))
+        self._credit = [ahead] * self.layers
+        return min(tokens, ahead)
+
+    def make_columns(self, tokens: int) -> None:
+        """Widen the table for so many tokens more, which saves a graph from being captured anew for each widening."""
+        self._ask()
+        self._widen(self._columns_for(max(self._kept_most) + tokens))
 
     def spend(self, tokens: int) -> None:
         """Every sequence has taken at most `tokens` single tokens in every layer, without `attend` (a CUDA graph)."""
@@ -223,6 +236,7 @@ class PackedCache:
 
     def drop(self, sequences: list[int]) -> None:
         """Forget sequences and free their pages; the others go on, and new ones can take their places."""
+        sequences = sorted(set(sequences))
         self._check_sequences(sequences)
         if not sequences:
             return
@@ -238,9 +252,9 @@ class PackedCache:
         """Make sequence i what sequence indices[i] was; sequences not named are dropped (beam search)."""
         if not self.sequences:
             return
-        wanted = [int(i) for i in indices]
+        wanted: list[int] = indices.tolist()
         self._check_sequences(wanted)
-        self.drop(sorted(set(range(self.sequences)) - set(wanted)))
+        self.drop([i for i in range(self.sequences) if i not in wanted])
         self._credit = [0] * self.layers
         # A sequence's first use keeps its pages, every further use copies them.
         repeated = [n for n, i in enumerate(wanted) if i in wanted[:n]]
@@ -303,19 +317,28 @@ class PackedCache:
         self.allocate(pages.new_empty(state["seen"].shape[1], self.kv_heads, 0, pages.shape[-1]))
         for name in ("table", "seen", "kept", "ring_keep"):
             setattr(self, name, state[name].clone())
-        self._set_aside(pages.shape[0])
+        try:
+            self._set_aside(pages.shape[0])
+        except PoolFullError:
+            self.reset()
+            raise
         ids = self.pool.take(pages.shape[0])
         self.pool.scatter(ids, pages)
         used = self._columns_in_use(list(range(self.sequences)))
         self.table[used] = ids[self.table[used].long()]
         self._ask()
 
-    def allocate(self, key: Tensor) -> None:
-        """Make the tensors, without pages, for sequences and pairs like those of key [B, Hkv, T, D]."""
+    def allocate(self, key: Tensor, group: int = 1) -> None:
+        """Make the tensors, without pages, for sequences and pairs like those of key [B, Hkv, T, D].
+
+        `group` is the number of queries of a KV head.
+        """
         B, Hkv, _, D = key.shape
         slabs = self.slabs
         if slabs is None:
-            slabs = key.is_cuda and limits.attention({"query": key.new_empty(1, 1, 1, D)}) is None
+            # Gradients want implementations that find pages by index.
+            triton = not torch.is_grad_enabled() and limits.model(D, group, key.dtype, key.device) is None
+            slabs = key.is_cuda and triton
         self.pool = PagePool(self.page_size, D, key.dtype, key.device, slabs)
         self.table = torch.zeros(self.layers, B * Hkv, self.ring_pages, dtype=torch.int32, device=key.device)
         self.seen = torch.zeros(self.layers, B, dtype=torch.int32, device=key.device)
@@ -372,16 +395,15 @@ class PackedCache:
             return self._needs(self.layer(layer, rows), keep, valid)
 
         if tokens > 1:
-            self._provide([layer], rows, tokens, exact)
             # What was set aside for single tokens was counted from another fill of the last pages.
-            self._credit[layer] = 0
+            self._credit = [0] * self.layers
+            self._provide([layer], len(rows), tokens, exact)
         elif not self._credit[layer]:
-            everyone = range(self.sequences)
             try:
-                self._provide([layer], everyone, self.page_size)
+                self._provide([layer], self.sequences, self.page_size)
                 self._credit[layer] = self.page_size
             except PoolFullError:
-                self._provide([layer], rows, 1, exact)
+                self._provide([layer], len(rows), 1, exact)
                 self._credit[layer] = 1
         if tokens == 1:
             self._credit[layer] -= 1
@@ -390,7 +412,7 @@ class PackedCache:
             self._seen_least[layer] += tokens
 
     def _provide(
-        self, layers: list[int], rows: range, tokens: int, exact: Callable[[], tuple[int, int]] | None = None
+        self, layers: Sequence[int], sequences: int, tokens: int, exact: Callable[[], tuple[int, int]] | None = None
     ) -> None:
         """Set pages aside for so many tokens more in each chain of these layers and sequences, and widen the table.
 
@@ -399,7 +421,7 @@ class PackedCache:
         for attempt in range(2):
             if attempt:
                 self._ask()
-            pages = sum(self._most_pages(layer, len(rows), tokens) for layer in layers)
+            pages = sum(self._most_pages(layer, sequences, tokens) for layer in layers)
             columns = self._columns_for(max((self._kept_most[layer] for layer in layers), default=0) + tokens)
             if columns <= self.table.shape[2] and self.budget.spend(pages):
                 return
@@ -407,6 +429,9 @@ class PackedCache:
             pages, longest = exact()
             columns = self._columns_for(longest)
         self._set_aside(pages)
+        self._widen(columns)
+
+    def _widen(self, columns: int) -> None:
         missing = columns - self.table.shape[2]
         if missing > 0:
             spare = int(self.table.shape[2] * _WIDENING)

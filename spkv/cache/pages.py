@@ -39,21 +39,21 @@ class PageBudget:
         self.free = free
 
     def growth(self, count: int, wanted: int) -> int:
-        """Pages to add so that `count` can be set aside: the missing ones, or up to `wanted` where the limit allows.
+        """Pages to add so that `count`, more than are free, can be set aside: the missing ones, or up to `wanted`.
 
         Raises:
             PoolFullError: if the limit does not allow the missing ones.
         """
-        missing = max(0, count - self.free)
+        missing = count - self.free
         if self.limit is None:
-            return max(missing, wanted) if missing else 0
+            return max(missing, wanted)
         room = self.limit - self.capacity
         if missing > room:
             raise PoolFullError(
                 f"{count} pages are needed and {self.free} of {self.capacity} are free, but the pool may hold "
                 f"{self.limit} at most; raise max_memory, or use fewer or shorter sequences"
             )
-        return min(room, max(missing, wanted)) if missing else 0
+        return min(room, max(missing, wanted))
 
     def grow(self, count: int) -> None:
         """`count` free pages were added."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_LEAST_STACK = 1024
+
 
 class PagePool:
     """Pages of one size, and the stack of those that are free, on the device.
@@ -65,7 +67,7 @@ class PagePool:
         self._count += count
         if self._count > self.free.numel():
             # Twice as long, so that this is rare. An entry is a thousandth of a page.
-            longer = self.free.new_empty(max(2 * self.free.numel(), self._count))
+            longer = self.free.new_empty(max(2 * self.free.numel(), self._count, _LEAST_STACK))
             added = longer.numel() - self.free.numel()
             longer[added:] = self.free
             self.free = longer

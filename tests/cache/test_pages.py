@@ -13,7 +13,6 @@ def test_pages_are_spent_once_and_growth_covers_what_is_missing():
     assert budget.growth(3, wanted=0) == 3
     budget.grow(3)
     assert budget.spend(2)
-    assert budget.growth(1, wanted=10) == 0
     assert budget.growth(2, wanted=10) == 10
     assert budget.growth(2, wanted=0) == 1
     budget.learn(2)

@@ -54,7 +54,7 @@ def test_slabs_stay_where_they_are_and_ids_are_distances():
             address[page.data_ptr()] = float(page[0, 0, 0])
     assert {at: (at - start) / pages.page_bytes for at in address} == address
     assert pages.pages.data_ptr() == start
-    assert pages.moves == moves + 1  # the stack of free pages had to grow, once
+    assert pages.moves == moves
 
 
 @pytest.mark.parametrize("slabs", [False, True])

@@ -27,6 +27,13 @@ def attention(arguments: dict[str, Any]) -> str | None:
     return _needs_triton(query, _TUNED_SHARED_MEMORY) or (None if query.numel() else "it needs a token")
 
 
+def model(head_size: int, group: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the kernels cannot run a model with `group` queries a KV head, or None."""
+    if group > _MOST_QUERIES_OF_A_CHAIN:
+        return f"they take groups of up to {_MOST_QUERIES_OF_A_CHAIN} queries, not {group}"
+    return _needs_triton(torch.empty(1, 1, 1, head_size, dtype=dtype, device=device), _TUNED_SHARED_MEMORY)
+
+
 def prefill(arguments: dict[str, Any]) -> str | None:
     past = arguments["past"]
     return attention(arguments) or _wants_gradients(arguments) or (None if past is None else _other_layout(past))
