@@ -7,9 +7,17 @@ for the device, only when the bound does not suffice.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class PoolFullError(RuntimeError):
-    """The pool has reached its bound and cannot hold the pages asked for."""
+    """The pool has reached its bound and cannot hold the pages asked for.
+
+    Attributes:
+        tokens: what a generation had made before, [B, new], or None.
+    """
+
+    tokens: Any = None
 
 
 class PageBudget:

@@ -184,9 +184,13 @@ def detach(model: nn.Module) -> nn.Module:
     for index in found.layers:
         del found.decoder.attentions[index].utility_predictor
     del found.decoder.module.spkv_attachment
-    for module in model.modules():
-        if getattr(module.__dict__.get("generate"), "func", None) is graph.generate:
+    modules: list[Any] = list(model.modules())
+    for module in modules:
+        ours = vars(module).get("generate")
+        if getattr(ours, "func", None) is graph.generate:
             del module.generate
+            if module.generate != ours.args[2]:  # somebody else's stood there before
+                module.generate = ours.args[2]
     return model
 
 

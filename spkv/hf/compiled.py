@@ -26,7 +26,7 @@ _ROTARY = "apply_rotary_pos_emb"
 @functools.cache
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     # Round where the model rounds, so that compiled and eager steps choose the same tokens.
-    return torch.compile(function, dynamic=False, options={"emulate_precision_casts": True})
+    return torch.compile(function, options={"emulate_precision_casts": True})
 
 
 @contextlib.contextmanager

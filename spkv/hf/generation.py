@@ -170,7 +170,7 @@ def decode(
         progress: called with the number of tokens made so far.
 
     Returns:
-        The new ids, and the seconds that their len - 1 forward passes took.
+        The new ids, and the seconds that their len - 1 forward passes took, with the capture of a graph.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")

@@ -30,7 +30,10 @@ from transformers.generation import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
 
+from spkv.cache.pages import PoolFullError
 from spkv.hf.cache import SPKVCache
 from spkv.hf.compiled import compiled_parts
 from spkv.ops.triton import limits
@@ -42,6 +45,8 @@ if TYPE_CHECKING:
 PREFILL_TOKENS = 16_384
 # Processors that look at the scores alone, so that they can be part of the graph. Others run after each replay.
 _OF_SCORES_ALONE = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
+# Arguments of `generate` that transformers' own loop takes. It also makes position_ids itself, where none are given.
+_NOT_TAKEN = ("custom_generate", "assistant_model", "synced_gpus", "streamer", "tokenizer", "position_ids")
 _KNOWN_INPUTS = {"attention_mask", "past_key_values", "use_cache", "position_ids", "logits_to_keep", "cache_position"}
 
 
@@ -78,7 +83,7 @@ def generate(
             raise NotGraphableError("compile=True needs the CUDA graph, and cuda_graph=False was given")
         return original(*args, **kwargs)
     reason = obstacle(model, attachment)
-    for name in ("custom_generate", "assistant_model", "synced_gpus", "streamer"):
+    for name in _NOT_TAKEN:
         if kwargs.get(name) is not None:
             reason = reason or f"{name} was given"
     if reason is None:
@@ -99,7 +104,8 @@ def generate(
                 stopping_criteria,
                 generation_config,
                 model_kwargs,
-                compile,
+                compile=compile,
+                insist=bool(cuda_graph or compile),
             )
 
         try:
@@ -121,10 +127,17 @@ def obstacle(model: PreTrainedModel, attachment: Attachment) -> str | None:
         return "the model is in training, or inside spkv.dense"
     if len(decoder.global_layers) < len(list(decoder.attentions)):
         return "layers with a sliding window keep caches of transformers, whose shapes change at every token"
-    head_size = decoder.config.hidden_size // decoder.config.num_attention_heads
-    head_size = getattr(decoder.config, "head_dim", None) or head_size
-    reason = limits.attention({"query": torch.empty(1, 1, 1, head_size, dtype=model.dtype, device=model.device)})
+    if _is_sharded(model):
+        return "the model is sharded over processes, which must take as many steps as each other"
+    config = decoder.config
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    reason = limits.model(head_size, config.num_attention_heads // decoder.kv_heads, model.dtype, model.device)
     return reason and f"Triton's kernels, which it needs, cannot run: {reason}"
+
+
+def _is_sharded(model: PreTrainedModel) -> bool:
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return several and (is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model))
 
 
 def _decode(
@@ -135,7 +148,9 @@ def _decode(
     stopping_criteria: StoppingCriteriaList,
     generation_config: Any,
     model_kwargs: dict[str, Any],
+    *,
     compile: bool,
+    insist: bool,
 ) -> Any:
     """What transformers calls in place of its own sampling loop."""
     mode = generation_config.get_generation_mode()
@@ -151,9 +166,11 @@ def _decode(
     inputs = sorted(name for name, value in model_kwargs.items() if value is not None and name not in _KNOWN_INPUTS)
     if inputs or not model_kwargs.get("use_cache"):
         raise NotGraphableError(f"{', '.join(inputs)} was given" if inputs else "use_cache=False")
-    criteria = [c for c in stopping_criteria if not isinstance(c, (EosTokenCriteria, MaxLengthCriteria))]
+    criteria = [type(c).__name__ for c in stopping_criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria)]
     if criteria:
-        raise NotGraphableError(f"the stopping criterion {type(criteria[0]).__name__} looks at every token")
+        raise NotGraphableError(f"the stopping criterion {criteria[0]} looks at every token")
+    if generation_config.cache_implementation not in (None, "dynamic"):
+        raise NotGraphableError(f"cache_implementation={generation_config.cache_implementation!r} was given")
     cache = model_kwargs.get("past_key_values")
     if not isinstance(cache, SPKVCache):
         if cache is not None and cache.get_seq_length():
@@ -161,42 +178,46 @@ def _decode(
         cache = attachment.new_cache()
     attachment.check_cache(cache)
 
-    logits = _prefill(model, cache, input_ids, model_kwargs.get("attention_mask"), generation_config.prefill_chunk_size)
-    ends = next((c.eos_token_id for c in stopping_criteria if isinstance(c, EosTokenCriteria)), None)
+    prompt = input_ids.to(model.device)
+    logits = _prefill(model, cache, prompt, model_kwargs.get("attention_mask"), generation_config)
+    lengths = [c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]
+    ends = [c.eos_token_id for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
     loop = DecodeLoop(
         model,
         cache,
-        max_new_tokens=generation_config.max_length - input_ids.shape[1],
-        processors=logits_processor,
-        sample=bool(generation_config.do_sample),
-        ends=ends,
+        max_new_tokens=max(1, min(lengths) - prompt.shape[1]),
+        ends=torch.cat([end.flatten() for end in ends]) if ends else None,
         padding=generation_config._pad_token_tensor,
-        prompt=input_ids,
+        processors=logits_processor,
+        prompt=prompt,
+        sample=bool(generation_config.do_sample),
         compile=compile,
+        insist=insist,
     )
-    sequences: Any = torch.cat([input_ids, loop.run(logits)], dim=1)
+    sequences: Any = torch.cat([input_ids, loop.run(logits).to(input_ids.device)], dim=1)
     if generation_config.return_dict_in_generate:
         return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)
     return sequences
 
 
 def _prefill(
-    model: PreTrainedModel, cache: SPKVCache, input_ids: Tensor, attention_mask: Tensor | None, chunk: int | None
+    model: PreTrainedModel, cache: SPKVCache, input_ids: Tensor, attention_mask: Tensor | None, generation_config: Any
 ) -> Tensor:
     """Read the prompt, or what the cache has not read of it, in chunks; returns [B, V], the next tokens' logits."""
     B, T = input_ids.shape
     past = cache.get_seq_length()
-    if attention_mask is not None and attention_mask.shape[1] == past + T and past:
-        new_ids = input_ids  # the mask covers what the cache holds, the ids do not
-    else:
-        new_ids = input_ids[:, past:]
+    # The ids are all those of the mask, or the new ones alone. An absent mask may have had a length once.
+    mask_length = getattr(generation_config, "_mask_length", T) if attention_mask is None else attention_mask.shape[1]
+    new_ids = input_ids[:, past:] if mask_length == T else input_ids
     if not new_ids.shape[1]:
         raise ValueError(f"the cache has read all {past} tokens given already; pass at least one more")
     positions = None
     if attention_mask is not None:
+        attention_mask = attention_mask.to(model.device)
         positions = (attention_mask.long().cumsum(1) - 1).clamp_min(0)[:, past:]
         if bool(attention_mask.all()):
             attention_mask = positions = None
+    chunk = generation_config.prefill_chunk_size
     chunk = chunk or max(256, PREFILL_TOKENS // B)
     for start in range(0, new_ids.shape[1], chunk):
         stop = min(start + chunk, new_ids.shape[1])
@@ -224,6 +245,7 @@ class DecodeLoop:
         prompt: [B, T] int64, for processors that look at it.
         sample: draw from the distribution instead of taking the most likely token.
         compile: fuse the small operations of a step.
+        insist: raise a NotGraphableError where the step cannot be captured, instead of running it eagerly.
     """
 
     def __init__(
@@ -238,11 +260,15 @@ class DecodeLoop:
         prompt: Tensor | None = None,
         sample: bool = False,
         compile: bool = False,
+        insist: bool = False,
     ) -> None:
-        self.model, self.cache, self.compile = model, cache, compile
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+        self.model, self.cache, self.compile, self.insist = model, cache, compile, insist
         self.max_new_tokens, self.sample = max_new_tokens, sample
         B, device = cache.packed.sequences, model.device
         self.processors = LogitsProcessorList() if processors is None else processors
+        self.whole = all(isinstance(p, _OF_SCORES_ALONE) for p in self.processors)  # the graph holds the choice, too
         self.prompt = torch.empty(B, 0, dtype=torch.long, device=device) if prompt is None else prompt
         self.ends = None if ends is None else ends.to(device)
         self.padding = None if padding is None else padding.to(device)
@@ -258,29 +284,42 @@ class DecodeLoop:
         """Choose from [B, V], the logits after the prompts, and go on: returns the new tokens [B, new].
 
         `progress` is called with the number of tokens made so far, now and then.
+
+        Raises:
+            PoolFullError: if the cache has no room for another token. It holds all tokens but the latest of each
+                sequence, which the error carries: `error.tokens` is what would have been returned.
         """
-        whole = all(isinstance(p, _OF_SCORES_ALONE) for p in self.processors)
-        cache = self.cache
+        device = self.model.device
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            return self._run(logits, progress)
+
+    def _run(self, logits: Tensor, progress: Callable[[int], None] | None) -> Tensor:
+        packed = self.cache.packed
+        step, captured = self._step_and_accept if self.whole else self._step, -1
         self._accept(logits)
-        step, captured = self._step_and_accept if whole else self._step, -1
         left = self.max_new_tokens - 1
+        fed = 0
+        packed.make_columns(left)
         try:
             while left and (self.ends is None or bool(self.active)):
-                ready = cache.packed.prepare(min(left, cache.packed.page_size if whole else 1))
-                if captured != cache.packed.moves:
-                    replay, captured = self._capture(step), cache.packed.moves
+                ready = packed.prepare(min(left, packed.page_size if self.whole else 1))
+                if captured != packed.moves:
+                    replay, captured = self._capture(step), packed.moves
+                packed.spend(ready)
                 for _ in range(ready):
                     replay()
-                cache.packed.spend(ready)
-                if not whole:
+                fed, left = fed + ready, left - ready
+                if not self.whole:
                     self._accept(self._logits)
-                left -= ready
                 if progress is not None:
-                    progress(self.max_new_tokens - left)
-        finally:  # a full pool ends the loop between two steps
-            made = int(self.count)
-            cache.advance(made - 1)
-        return self.tokens[:, :made]
+                    progress(self.max_new_tokens - left if self.ends is None else int(self.count))
+        except PoolFullError as error:
+            error.tokens = self.tokens[:, : int(self.count)]
+            raise
+        finally:
+            # Steps of a graph that follow the last end token take nothing in; single ones know when to end.
+            self.cache.advance(int(self.count) - 1 if self.whole else fed)
+        return self.tokens[:, : int(self.count)]
 
     def _step(self) -> None:
         """Feed the latest tokens to the model. With nothing to continue, the cache stays as it is."""
@@ -322,31 +361,36 @@ class DecodeLoop:
 
     def _so_far(self) -> Tensor:
         """[B, T + new]: what processors may look at; those of a graph do not."""
-        if all(isinstance(p, _OF_SCORES_ALONE) for p in self.processors):
+        if self.whole:
             return self.prompt
         return torch.cat([self.prompt, self.tokens[:, : int(self.count)]], dim=1)
 
     def _capture(self, step: Callable[[], None]) -> Callable[[], None]:
         """A function that does what `step` does, as a graph where that is possible."""
-        active, graph = self.active.clone(), torch.cuda.CUDAGraph()
+        device = self.model.device
+        active, random_state = self.active.clone(), torch.cuda.get_rng_state(device)
+        graph = torch.cuda.CUDAGraph()
         with compiled_parts(self.model) if self.compile else contextlib.nullcontext():
             # Two runs without a sequence to continue change nothing, but compile kernels and make workspaces.
             self.active.zero_()
-            side = torch.cuda.Stream(self.model.device)
+            side = torch.cuda.Stream(device)
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(2):
                     step()
             torch.cuda.current_stream().wait_stream(side)
             self.active.copy_(active)
+            torch.cuda.set_rng_state(random_state, device)
             try:
-                with torch.cuda.graph(graph):
+                # The outer context brings the stream back where a capture that fails does not.
+                with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
                     step()
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
-                self._warn(error)
+                message = f"{type(self.model).__name__} cannot be captured in a CUDA graph: {error}"
+                if self.insist:
+                    raise NotGraphableError(message) from error
+                warnings.warn(f"{message}; it decodes eagerly", stacklevel=2)
                 return step
         return graph.replay
-
-    def _warn(self, error: RuntimeError) -> None:
-        name = type(self.model).__name__
-        warnings.warn(f"{name} cannot be captured in a CUDA graph and decodes eagerly: {error}", stacklevel=3)

@@ -1,6 +1,8 @@
 """The packed cache against the dense oracle, and its memory."""
 
+import copy
 import os
+import pickle
 
 import pytest
 import torch
@@ -156,19 +158,67 @@ def test_selected_sequences_continue_as_their_sources_and_no_page_leaks(window, 
 
 def test_a_state_round_trip_continues_alike_and_is_compact():
     text = Text(2, 2, 2, 2, 50, 0.3)
-    cache, copy = PackedCache(2, 2, 8, 4), PackedCache(2, 2, 8, 4)
+    cache, other = PackedCache(2, 2, 8, 4), PackedCache(2, 2, 8, 4)
     run(cache, text, [[40, 40]])
-    copy.load_state(cache.state())
-    assert copy.budget.capacity == cache.pages_in_use() == copy.pages_in_use()
+    other.load_state(cache.state())
+    assert other.budget.capacity == cache.pages_in_use() == other.pages_in_use()
     for i in range(40, 50):
         chunk = [t[0, :, :, i : i + 1] for t in (text.query, text.key, text.value, text.keep)]
-        assert torch.equal(cache.attend(0, *chunk, scale=0.5), copy.attend(0, *chunk, scale=0.5))
+        assert torch.equal(cache.attend(0, *chunk, scale=0.5), other.attend(0, *chunk, scale=0.5))
     assert PackedCache(2, 2, 8, 4).state() == {}
     with pytest.raises(
         ValueError,
         match="the state has 2 layers, 2 KV heads, window 8 .* this cache has .* window 9",
     ):
         PackedCache(2, 2, 9, 4).load_state(cache.state())
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_copies_continue_alike_and_share_nothing(duplicate):
+    text = Text(2, 2, 2, 2, 50, 0.3)
+    cache = PackedCache(2, 2, 8, 4)
+    assert duplicate(cache).sequences == 0
+    run(cache, text, [[40, 40]])
+    other = duplicate(cache)
+    for i in range(40, 50):
+        chunk = [t[0, :, :, i : i + 1] for t in (text.query, text.key, text.value, text.keep)]
+        assert torch.equal(cache.attend(0, *chunk, scale=0.5), other.attend(0, *chunk, scale=0.5))
+    cache.reset()
+    assert other.pages_in_use() == pages_held(other)
+
+
+def test_a_state_beyond_the_limit_leaves_an_empty_cache():
+    text = Text(1, 1, 1, 1, 40, 1.0)
+    cache = PackedCache(1, 1, 8, 4)
+    run(cache, text, [[40]], poisoned=False)
+    small = PackedCache(1, 1, 8, 4, max_memory=5 * 2 * 4 * D * 8)
+    with pytest.raises(PoolFullError, match="may hold 5 at most"):
+        small.load_state(cache.state())
+    assert small.sequences == 0
+    run(small, text, [[8]], poisoned=False)
+
+
+def test_moves_never_come_back_to_a_number_and_dropping_twice_is_dropping_once():
+    text = Text(1, 3, 1, 1, 40, 1.0)
+    cache, seen = PackedCache(1, 1, 8, 4), set()
+    for _ in range(3):
+        assert cache.moves not in seen
+        seen.add(cache.moves)
+        run(cache, text, [[40] * 3], poisoned=False)
+        cache.drop([1, 1, 2])
+        assert cache.pages_in_use() == pages_held(cache)
+        assert cache.budget.free <= cache.pool.free_count()
+        assert cache.moves not in seen
+        seen.add(cache.moves)
+        cache.reset()
+
+
+def test_a_chunk_after_single_tokens_gets_the_pages_set_aside_for_more_of_them():
+    text = Text(2, 1, 2, 1, 60, 1.0)
+    # Per layer and head: 4 pages for the ring, 10 for the 40 pairs that have left it in the end.
+    cache = PackedCache(2, 2, 16, 4, max_memory=2 * 2 * 14 * 2 * 4 * D * 8)
+    run(cache, text, [[20]] + [[1]] * 5 + [[31]], poisoned=False)
+    assert cache.pages_in_use() == cache.budget.capacity == 2 * 2 * 14
 
 
 def test_memory_follows_density_and_is_what_the_tensors_hold():
@@ -361,12 +411,12 @@ def test_slabs_hold_what_one_tensor_holds(data, dtype):
     assert caches[True].pages_in_use() == caches[False].pages_in_use() == pages_held(caches[True])
     for one, other in zip(caches[True].state().values(), caches[False].state().values(), strict=True):
         assert one.shape == other.shape
-    copy = PackedCache(2, Hkv, window, 16, slabs=False)
-    copy.load_state(caches[True].state())
+    other = PackedCache(2, Hkv, window, 16, slabs=False)
+    other.load_state(caches[True].state())
     step = [t[:, :, :, :1] for t in (text.query, text.key, text.value, text.keep)]
     for layer in range(2):
         chunk = [t[layer] for t in step]
-        assert torch.equal(caches[True].attend(layer, *chunk), copy.attend(layer, *chunk))
+        assert torch.equal(caches[True].attend(layer, *chunk), other.attend(layer, *chunk))
 
 
 @needs_triton

@@ -7,12 +7,14 @@ from transformers import (
     LlamaConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    MaxLengthCriteria,
     StoppingCriteria,
     StoppingCriteriaList,
 )
 
 import spkv
 from spkv.cache.pages import PoolFullError
+from spkv.gates import OpenGate
 from spkv.hf import compiled, graph
 
 GREEDY = dict(do_sample=False, max_new_tokens=40, eos_token_id=None, pad_token_id=0)
@@ -94,6 +96,24 @@ def test_several_turns_on_one_cache(looping):
     assert torch.equal(caches[0].packed.kept, caches[1].packed.kept)
 
 
+def test_a_turn_may_bring_its_new_ids_alone(looping):
+    for past, new in ((30, 5), (10, 50)):
+        ids = prompt(looping, T=past + new)
+        turns = []
+        for cuda_graph in (True, False):
+            cache = spkv.attachment(looping).new_cache()
+            with torch.no_grad():
+                looping(ids[:, :past], past_key_values=cache)
+            mask = torch.ones_like(ids)
+            turns.append(
+                looping.generate(
+                    ids[:, past:], attention_mask=mask, past_key_values=cache, cuda_graph=cuda_graph, **GREEDY
+                )
+            )
+            assert cache.get_seq_length() == past + new + 39
+        assert torch.equal(*turns)
+
+
 def test_sampling_follows_the_distribution(looping):
     ids = prompt(looping, 1).expand(400, -1)
     options = GREEDY | dict(do_sample=True, top_k=3, temperature=1.5, max_new_tokens=2)
@@ -133,6 +153,7 @@ class Never(StoppingCriteria):
         (dict(num_beams=2), "the generation mode is beam_search"),
         (dict(output_scores=True, return_dict_in_generate=True), "output_scores was asked for"),
         (dict(use_cache=False), "use_cache=False"),
+        (dict(position_ids=torch.arange(30)[None]), "position_ids was given"),
         (dict(stopping_criteria=StoppingCriteriaList([Never()])), "stopping criterion Never looks at every token"),
     ],
 )
@@ -145,6 +166,47 @@ def test_what_no_graph_can_do_is_done_eagerly_or_refused(looping, options, reaso
     assert torch.equal(getattr(left_to_choose, "sequences", left_to_choose), getattr(eager, "sequences", eager))
 
 
+def test_the_tokenizer_that_stop_strings_need_and_other_caches_are_left_to_transformers(looping):
+    with pytest.raises(graph.NotGraphableError, match="tokenizer was given"):
+        looping.generate(prompt(looping), cuda_graph=True, tokenizer=object(), **GREEDY)
+    with pytest.raises(graph.NotGraphableError, match="cache_implementation='static' was given"):
+        looping.generate(prompt(looping), cuda_graph=True, cache_implementation="static", **GREEDY)
+    with pytest.raises(ValueError, match="a StaticCache cannot hold self-pruned pairs"):
+        looping.generate(prompt(looping), cache_implementation="static", **GREEDY)
+
+
+def test_a_length_criterion_of_ones_own_counts(looping):
+    criteria = StoppingCriteriaList([MaxLengthCriteria(37)])
+    assert_same(*both(looping, prompt(looping), stopping_criteria=criteria, **GREEDY))
+
+
+class Fails(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        if input_ids.shape[1] == 40:
+            raise RuntimeError("no more")
+        return scores
+
+
+def test_a_choice_that_fails_leaves_a_cache_that_can_go_on(looping):
+    cache = spkv.attachment(looping).new_cache()
+    processors = LogitsProcessorList([Fails()])
+    with pytest.raises(RuntimeError, match="no more"):
+        looping.generate(prompt(looping), past_key_values=cache, logits_processor=processors, cuda_graph=True, **GREEDY)
+    assert (cache.packed.seen == cache.get_seq_length()).all()
+    assert cache.get_seq_length() == 40
+
+
+def test_long_generations_are_captured_a_few_times_only(looping, monkeypatch):
+    captures = []
+    capture = graph.DecodeLoop._capture
+    monkeypatch.setattr(graph.DecodeLoop, "_capture", lambda self, step: captures.append(1) or capture(self, step))
+    with spkv.attachment(looping).using(OpenGate()):
+        looping.generate(prompt(looping, T=10), cuda_graph=True, **GREEDY | dict(max_new_tokens=400))
+    # On a CPU the pool is one tensor, which moves as it grows.
+    assert len(captures) <= (2 if torch.cuda.is_available() else 400 // 16 + 1)
+    assert captures
+
+
 def test_models_on_a_cpu_are_refused(tiny_llama):
     spkv.attach(tiny_llama)
     with pytest.raises(graph.NotGraphableError, match="the model is on cpu"):
@@ -154,8 +216,11 @@ def test_models_on_a_cpu_are_refused(tiny_llama):
 def test_a_full_pool_says_so_between_steps_and_the_cache_is_whole(looping):
     ids = prompt(looping, 1)
     cache = spkv.attachment(looping).new_cache(max_memory=2 * 2 * 2 * 2 * 16 * 8 * 4)
-    with pytest.raises(PoolFullError, match="raise max_memory"):
+    with pytest.raises(PoolFullError, match="raise max_memory") as caught:
         looping.generate(ids, past_key_values=cache, cuda_graph=True, **GREEDY | dict(max_new_tokens=200))
+    made = caught.value.tokens
+    expected = looping.generate(ids, cuda_graph=False, **GREEDY | dict(max_new_tokens=made.shape[1]))
+    assert torch.equal(made, expected[:, 30:])
     seen = cache.packed.seen
     assert (seen == seen[0, 0]).all()
     assert int(seen[0, 0]) == cache.get_seq_length() >= 30
