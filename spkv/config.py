@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 CONFIG_FILE = "spkv_config.json"
+PAGE_DTYPES = ("int8", "fp8", "int4")
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class SPKVConfig:
             (sigmoid(5) = 0.993); short recipes start lower.
         layers: indices of the layers that get a predictor; None takes every global attention layer.
         page_size: pairs in a page of the cache.
+        page_dtype: one of `PAGE_DTYPES` codes kept pairs when they leave the window (see `spkv.ops.codec`); None keeps
+            them in the model's dtype.
     """
 
     window: int = 128
@@ -29,6 +32,7 @@ class SPKVConfig:
     initial_bias: float = 5.0
     layers: tuple[int, ...] | None = None
     page_size: int = 16
+    page_dtype: str | None = None
 
     def __post_init__(self) -> None:
         _check_positive_int("window", self.window)
@@ -43,6 +47,7 @@ class SPKVConfig:
                 raise ValueError(f"layers must be None or non-negative layer indices, not {self.layers!r}")
             object.__setattr__(self, "layers", tuple(sorted(set(layers))))
         _check_positive_int("page_size", self.page_size)
+        check_page_dtype(self.page_dtype)
 
     def replace(self, **changes: Any) -> SPKVConfig:
         """Return a copy with some fields changed, checked again."""
@@ -67,6 +72,13 @@ class SPKVConfig:
             raise ValueError(f"unknown SPKVConfig fields {unknown}; known are {sorted(known)}")
         layers = values.get("layers")
         return cls(**{**values, "layers": None if layers is None else tuple(layers)})
+
+
+def check_page_dtype(page_dtype: str | None) -> str | None:
+    """Return `page_dtype` if it is None or one of `PAGE_DTYPES`, else raise a ValueError."""
+    if page_dtype is not None and page_dtype not in PAGE_DTYPES:
+        raise ValueError(f"page_dtype must be None or one of {', '.join(PAGE_DTYPES)}, not {page_dtype!r}")
+    return page_dtype
 
 
 def check_threshold(threshold: float) -> float:

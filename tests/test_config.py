@@ -4,7 +4,13 @@ import json
 
 import pytest
 
-from spkv.config import SPKVConfig, check_threshold
+from spkv.config import PAGE_DTYPES, SPKVConfig, check_threshold
+from spkv.ops.codec import CODECS
+
+
+def test_every_page_dtype_has_a_codec():
+    assert set(PAGE_DTYPES) == set(CODECS)
+    assert SPKVConfig.from_dict(SPKVConfig(page_dtype="int4").to_dict()).page_dtype == "int4"
 
 
 def test_a_config_survives_json():
@@ -18,6 +24,7 @@ def test_a_config_survives_json():
     ("fields", "error", "message"),
     [
         ({"window": 0}, ValueError, "window must be at least 1, not 0"),
+        ({"page_dtype": "int3"}, ValueError, "page_dtype must be None or one of int8, fp8, int4, not 'int3'"),
         ({"window": 1.5}, TypeError, "window must be a whole number of at least 1, not 1.5"),
         ({"window": True}, TypeError, "not True"),
         ({"threshold": 0.0}, ValueError, "strictly between 0 and 1, not 0.0"),

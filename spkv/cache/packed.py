@@ -17,17 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spkv.cache.pages import PageBudget, PoolFullError
+from spkv.cache.pages import PoolFullError
 from spkv.cache.pool import PagePool
 from spkv.ops.attention import packed_decode, pruned_prefill, write
-from spkv.ops.packed import PackedLayer
+from spkv.ops.codec import codec
+from spkv.ops.packed import CodedPages, PackedLayer
 from spkv.ops.reference import count_leaving
 from spkv.ops.triton import limits
 
-# A full pool grows by at least this share. Small, since unused pages count as allocated memory.
-_GROWTH = 1 / 64
-# With slabs, by at least this many bytes, if they are no larger a share than 1/16: what torch's allocator hands out.
-_LEAST_SLAB = 2**21
 # A table that is too narrow grows by at least this share.
 _WIDENING = 1 / 8
 
@@ -40,7 +37,9 @@ class PackedCache:
         kv_heads: Hkv, equal in all layers.
         window: w.
         page_size: P.
-        max_memory: bytes that the pool's pages may take at most; None for no bound.
+        max_memory: bytes that the pages may take at most; None for no bound.
+        page_dtype: "int8", "fp8" or "int4" code pairs when they leave the window (see `spkv.ops.codec`), and keep
+            them in a pool of their own; None keeps them as they are.
         slabs: whether the pool grows in slabs that stay where they are, which only Triton's kernels can read; if not,
             it is copied when it grows, and the old pool stands beside the new one for a moment. None: where Triton's
             kernels run all operators.
@@ -51,7 +50,8 @@ class PackedCache:
             of no use then.
     """
 
-    pool: PagePool
+    pool: PagePool  # of pages [2, P, D], for rings, and for kept pairs that are not coded
+    kept_pool: PagePool  # of pages of bytes, for coded pairs; `pool` itself if they are not
     table: Tensor  # [layers, C, columns] int32
     seen: Tensor  # [layers, B] int32
     kept: Tensor  # [layers, C] int32
@@ -64,20 +64,21 @@ class PackedCache:
         window: int,
         page_size: int = 16,
         max_memory: int | None = None,
+        page_dtype: str | None = None,
         slabs: bool | None = None,
     ) -> None:
         self.layers, self.kv_heads, self.window, self.page_size = layers, kv_heads, window, page_size
-        self.max_memory, self.slabs = max_memory, slabs
+        self.max_memory, self.page_dtype, self.slabs = max_memory, page_dtype, slabs
+        self.codec = None if page_dtype is None else codec(page_dtype)
         self.ring_pages = -(-window // page_size)
         self._moves = 0
         self._forget()
 
     def _forget(self) -> None:
-        self._moves += 1 + (self.pool.moves if self.__dict__.get("pool") else 0)  # never again a number seen before
-        for name in ("pool", "table", "seen", "kept", "ring_keep"):
+        self._moves += 1 + sum(pool.moves for pool in self._pools())  # never again a number seen before
+        for name in ("pool", "kept_pool", "table", "seen", "kept", "ring_keep"):
             self.__dict__.pop(name, None)
         self.sequences = 0
-        self.budget = PageBudget()
         # What the host knows, by layer: the least tokens that a sequence has seen, the most pairs that a chain has
         # kept, and the single tokens for which pages were set aside.
         self._seen_least, self._kept_most, self._credit = ([0] * self.layers for _ in range(3))
@@ -85,7 +86,7 @@ class PackedCache:
 
     def __getstate__(self) -> dict[str, Any]:
         # Ids of pages in slabs are distances between addresses, so copies and pickles take pages and not ids.
-        names = ("layers", "kv_heads", "window", "page_size", "max_memory", "slabs")
+        names = ("layers", "kv_heads", "window", "page_size", "max_memory", "page_dtype", "slabs")
         arguments = {name: getattr(self, name) for name in names}
         return {"arguments": arguments, "state": self.state(), "incomplete": self._incomplete}
 
@@ -96,7 +97,12 @@ class PackedCache:
 
     @property
     def moves(self) -> int:
-        return self._moves + (self.pool.moves if self.sequences else 0)
+        return self._moves + sum(pool.moves for pool in self._pools())
+
+    def _pools(self) -> list[PagePool]:
+        if "pool" not in vars(self):
+            return []
+        return [self.pool] if self.kept_pool is self.pool else [self.pool, self.kept_pool]
 
     def attend(
         self,
@@ -162,6 +168,9 @@ class PackedCache:
             free=self.pool.free,
             taken=self.pool.taken,
             scattered=self.pool.slabs,
+            coded=None
+            if self.codec is None
+            else CodedPages(self.codec, self.kept_pool.pages, self.kept_pool.free, self.kept_pool.taken),
         )
 
     @property
@@ -170,16 +179,17 @@ class PackedCache:
         if not self.sequences:
             return 0
         tensors = (self.table, self.seen, self.kept, self.ring_keep)
-        return self.pool.nbytes + sum(t.numel() * t.element_size() for t in tensors)
+        pools = sum(pool.nbytes for pool in self._pools())
+        return pools + sum(t.numel() * t.element_size() for t in tensors)
 
     @property
     def pair_bytes(self) -> int:
-        """Bytes of a key and its value."""
+        """Bytes of a key and its value, not coded."""
         return self.pool.page_bytes // self.page_size
 
     def pages_in_use(self) -> int:
-        """Pages of the pool that are not free."""
-        return self.budget.capacity - self.pool.free_count() if self.sequences else 0
+        """Pages that are not free."""
+        return sum(pool.in_use() for pool in self._pools())
 
     def kept_pairs(self) -> Tensor:
         """[layers, B, Hkv] int64: pairs kept past the window."""
@@ -240,9 +250,9 @@ class PackedCache:
         self._check_sequences(sequences)
         if not sequences:
             return
-        ids = self.table[:, self._chains(sequences)][self._columns_in_use(sequences)]
-        self.pool.give(ids)
-        self.budget.free += ids.numel()
+        table, used = self.table[:, self._chains(sequences)], self._columns_in_use(sequences)
+        for pool, mine in self._split(used):
+            pool.give(table[mine])
         self.seen[:, sequences] = 0
         self.kept[:, self._chains(sequences)] = 0
         self._seen_least, self._credit = [0] * self.layers, [0] * self.layers
@@ -258,17 +268,19 @@ class PackedCache:
         self._credit = [0] * self.layers
         # A sequence's first use keeps its pages, every further use copies them.
         repeated = [n for n, i in enumerate(wanted) if i in wanted[:n]]
-        used = {i: self._columns_in_use([i]) for i in {wanted[n] for n in repeated}}
+        used = {i: self._split(self._columns_in_use([i])) for i in {wanted[n] for n in repeated}}
         self._ask()
-        self._set_aside(sum(int(used[wanted[n]].sum()) for n in repeated))
+        for index, pool in enumerate(self._pools()):
+            pool.set_aside(sum(int(used[wanted[n]][index][1].sum()) for n in repeated))
         chains = self._chains(wanted)
         self.table, self.kept = self.table[:, chains], self.kept[:, chains]
         self.seen, self.ring_keep = self.seen[:, wanted], self.ring_keep[:, chains]
         for n in repeated:  # one by one, since each copy exists twice for a moment
             own = self.table[:, self._chains([n])]
-            old_ids = own[used[wanted[n]]]
-            own[used[wanted[n]]] = new_ids = self.pool.take(old_ids.numel())
-            self.pool.scatter(new_ids, self.pool.gather(old_ids))
+            for pool, mine in used[wanted[n]]:
+                old_ids = own[mine]
+                own[mine] = new_ids = pool.take(old_ids.numel())
+                pool.scatter(new_ids, pool.gather(old_ids))
             self.table[:, self._chains([n])] = own
         self.sequences = len(wanted)
         self._incomplete = {n for n, i in enumerate(wanted) if i in self._incomplete}
@@ -282,17 +294,14 @@ class PackedCache:
         """The cache as tensors, compact (no free pages); `load_state` is the inverse."""
         if not self.sequences:
             return {}
+        table, state = torch.zeros_like(self.table), {}
         used = self._columns_in_use(list(range(self.sequences)))
-        ids = self.table[used]
-        table = torch.zeros_like(self.table)
-        table[used] = torch.arange(ids.numel(), dtype=table.dtype, device=table.device)
-        return {
-            "pool": self.pool.gather(ids),
-            "table": table,
-            "seen": self.seen.clone(),
-            "kept": self.kept.clone(),
-            "ring_keep": self.ring_keep.clone(),
-        }
+        for name, (pool, mine) in zip(("pool", "kept_pool"), self._split(used), strict=False):
+            ids = self.table[mine]
+            table[mine] = torch.arange(ids.numel(), dtype=table.dtype, device=table.device)
+            state[name] = pool.gather(ids)
+        lengths = {name: getattr(self, name).clone() for name in ("seen", "kept", "ring_keep")}
+        return state | {"table": table} | lengths
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take over a `state` of a cache of the same sizes.
@@ -312,20 +321,26 @@ class PackedCache:
                 "the state has {} layers, {} KV heads, window {} and pages of {}; this cache has "
                 "{} layers, {} KV heads, window {} and pages of {}".format(*sizes, *own)
             )
+        if ("kept_pool" in state) != (self.codec is not None) or (
+            self.codec is not None
+            and state["kept_pool"].shape[1] != self.codec.page_bytes(self.page_size, state["pool"].shape[-1])
+        ):
+            raise ValueError(f"the state's kept pairs are coded in another way than page_dtype={self.page_dtype!r}")
         self.reset()
         pages = state["pool"]
         self.allocate(pages.new_empty(state["seen"].shape[1], self.kv_heads, 0, pages.shape[-1]))
         for name in ("table", "seen", "kept", "ring_keep"):
             setattr(self, name, state[name].clone())
+        used = self._columns_in_use(list(range(self.sequences)))
         try:
-            self._set_aside(pages.shape[0])
+            for name, (pool, mine) in zip(("pool", "kept_pool"), self._split(used), strict=False):
+                pool.set_aside(state[name].shape[0])
+                ids = pool.take(state[name].shape[0])
+                pool.scatter(ids, state[name])
+                self.table[mine] = ids[self.table[mine].long()]
         except PoolFullError:
             self.reset()
             raise
-        ids = self.pool.take(pages.shape[0])
-        self.pool.scatter(ids, pages)
-        used = self._columns_in_use(list(range(self.sequences)))
-        self.table[used] = ids[self.table[used].long()]
         self._ask()
 
     def allocate(self, key: Tensor, group: int = 1) -> None:
@@ -334,27 +349,27 @@ class PackedCache:
         `group` is the number of queries of a KV head.
         """
         B, Hkv, _, D = key.shape
-        slabs = self.slabs
-        if slabs is None:
+        slabs = self.slabs and self.codec is None
+        if self.slabs is None and self.codec is None:
             # Gradients want implementations that find pages by index.
             triton = not torch.is_grad_enabled() and limits.model(D, group, key.dtype, key.device) is None
             slabs = key.is_cuda and triton
-        self.pool = PagePool(self.page_size, D, key.dtype, key.device, slabs)
+        shape, most = (2, self.page_size, D), self.max_memory
+        if self.codec is None:
+            self.pool = self.kept_pool = PagePool(shape, key.dtype, key.device, bool(slabs), most)
+        else:
+            if reason := self.codec.obstacle(D):
+                raise ValueError(f"page_dtype={self.page_dtype!r}: {reason}")
+            rings = self.layers * B * Hkv * self.ring_pages * shape[1] * 2 * D * key.element_size()
+            coded = (self.codec.page_bytes(self.page_size, D),)
+            self.pool = PagePool(shape, key.dtype, key.device, False, None if most is None else min(most, rings))
+            self.kept_pool = PagePool(coded, torch.uint8, key.device, False, None if most is None else most - rings)
         self.table = torch.zeros(self.layers, B * Hkv, self.ring_pages, dtype=torch.int32, device=key.device)
         self.seen = torch.zeros(self.layers, B, dtype=torch.int32, device=key.device)
         self.kept = torch.zeros(self.layers, B * Hkv, dtype=torch.int32, device=key.device)
         self.ring_keep = torch.zeros(self.layers, B * Hkv, self.window, dtype=torch.bool, device=key.device)
-        self.budget = PageBudget(self._page_limit())
         self.sequences = B
         self._moves += 1
-
-    def _page_limit(self) -> int | None:
-        if self.max_memory is None:
-            return None
-        limit = self.max_memory // self.pool.page_bytes
-        if limit < 1:
-            raise ValueError(f"max_memory={self.max_memory} bytes do not hold one page")
-        return limit
 
     def _rows(self, sequences: slice | None) -> range:
         rows = range(self.sequences)[slice(None) if sequences is None else sequences]
@@ -391,7 +406,7 @@ class PackedCache:
         """See to it that writing these tokens finds pages and columns."""
         tokens = keep.shape[2]
 
-        def exact() -> tuple[int, int]:
+        def exact() -> tuple[int, int, int]:
             return self._needs(self.layer(layer, rows), keep, valid)
 
         if tokens > 1:
@@ -412,7 +427,11 @@ class PackedCache:
             self._seen_least[layer] += tokens
 
     def _provide(
-        self, layers: Sequence[int], sequences: int, tokens: int, exact: Callable[[], tuple[int, int]] | None = None
+        self,
+        layers: Sequence[int],
+        sequences: int,
+        tokens: int,
+        exact: Callable[[], tuple[int, int, int]] | None = None,
     ) -> None:
         """Set pages aside for so many tokens more in each chain of these layers and sequences, and widen the table.
 
@@ -421,15 +440,29 @@ class PackedCache:
         for attempt in range(2):
             if attempt:
                 self._ask()
-            pages = sum(self._most_pages(layer, sequences, tokens) for layer in layers)
+            most = [self._most_pages(layer, sequences, tokens) for layer in layers]
+            ring, kept = (sum(pages) for pages in zip(*most, strict=True)) if most else (0, 0)
             columns = self._columns_for(max((self._kept_most[layer] for layer in layers), default=0) + tokens)
-            if columns <= self.table.shape[2] and self.budget.spend(pages):
-                return
-        if exact is not None:
-            pages, longest = exact()
-            columns = self._columns_for(longest)
-        self._set_aside(pages)
+            if columns <= self.table.shape[2] and all(n <= pool.budget.free for pool, n in self._shares(ring, kept)):
+                break
+        else:
+            if exact is not None:
+                ring, kept, longest = exact()
+                columns = self._columns_for(longest)
+        for pool, pages in self._shares(ring, kept):
+            pool.set_aside(pages)
         self._widen(columns)
+
+    def _shares(self, ring: int, kept: int) -> list[tuple[PagePool, int]]:
+        """Which pool gives pages of rings and kept ones."""
+        return [(self.pool, ring + kept)] if self.codec is None else [(self.pool, ring), (self.kept_pool, kept)]
+
+    def _split(self, used: Tensor) -> list[tuple[PagePool, Tensor]]:
+        """Entries of the table [..., columns] bool, by the pool that their pages are of."""
+        if self.codec is None:
+            return [(self.pool, used)]
+        in_ring = torch.arange(used.shape[-1], device=used.device) < self.ring_pages
+        return [(self.pool, used & in_ring), (self.kept_pool, used & ~in_ring)]
 
     def _widen(self, columns: int) -> None:
         missing = columns - self.table.shape[2]
@@ -438,44 +471,40 @@ class PackedCache:
             self.table = torch.nn.functional.pad(self.table, (0, max(missing, spare)))
             self._moves += 1
 
-    def _set_aside(self, pages: int) -> None:
-        """Spend pages, growing the pool by what is missing."""
-        if self.budget.spend(pages):
-            return
-        capacity = self.budget.capacity
-        least = min(_LEAST_SLAB // self.pool.page_bytes, capacity // 16) if self.pool.slabs else 0
-        growth = self.budget.growth(pages, max(int(capacity * _GROWTH), least))
-        self.pool.grow(growth)
-        self.budget.grow(growth)
-        spent = self.budget.spend(pages)
-        assert spent
-
-    def _most_pages(self, layer: int, sequences: int, tokens: int) -> int:
-        """Pages that so many tokens more can take in one layer: ceil(a + b) <= ceil(a) + ceil(b)."""
+    def _most_pages(self, layer: int, sequences: int, tokens: int) -> tuple[int, int]:
+        """Ring and kept pages that so many tokens more can take in one layer: ceil(a + b) <= ceil(a) + ceil(b)."""
         kept = -(-tokens // self.page_size)
         ring = min(kept, self.ring_pages) if self._seen_least[layer] < self.window else 0
-        return sequences * self.kv_heads * (kept + ring)
+        chains = sequences * self.kv_heads
+        return chains * ring, chains * kept
 
     def _columns_for(self, kept: int) -> int:
         return self.ring_pages - (-kept // self.page_size)
 
     def _ask(self) -> None:
         """Read lengths and free pages from the device."""
-        lengths = torch.cat([self.pool.taken, self.seen.amin(1), self.kept.amax(1)]).tolist()
-        self._seen_least, self._kept_most = lengths[1 : 1 + self.layers], lengths[1 + self.layers :]
+        pools = self._pools()
+        lengths = torch.cat([*(pool.taken for pool in pools), self.seen.amin(1), self.kept.amax(1)]).tolist()
+        taken, lengths = lengths[: len(pools)], lengths[len(pools) :]
+        self._seen_least, self._kept_most = lengths[: self.layers], lengths[self.layers :]
         # Pages set aside and not yet taken are none to set aside again.
-        promised = sum(self._most_pages(i, self.sequences, n) for i, n in enumerate(self._credit) if n)
-        self.budget.learn(max(0, self.pool.free.numel() - lengths[0] - promised))
+        promised = [self._most_pages(i, self.sequences, n) for i, n in enumerate(self._credit) if n]
+        shares = self._shares(sum(p[0] for p in promised), sum(p[1] for p in promised))
+        for (pool, pages), gone in zip(shares, taken, strict=True):
+            pool.budget.learn(max(0, pool.free.numel() - gone - pages))
 
-    def _needs(self, packed: PackedLayer, keep: Tensor, valid: Tensor | None) -> tuple[int, int]:
-        """Pages that writing these tokens takes, and pairs of the then longest chain; waits for the device."""
+    def _needs(self, packed: PackedLayer, keep: Tensor, valid: Tensor | None) -> tuple[int, int, int]:
+        """Ring and kept pages that writing these tokens takes, and pairs of the then longest chain.
+
+        Waits for the device.
+        """
         P = self.page_size
         arriving = torch.full_like(packed.seen, keep.shape[2]) if valid is None else valid.sum(1).to(packed.seen)
         ring_have, ring_need = (-(-n.clamp_max(self.window) // P) for n in (packed.seen, packed.seen + arriving))
         kept = packed.kept + count_leaving(packed, keep, valid)
-        pages = (ring_need - ring_have).sum() * self.kv_heads + (-(-kept // P) + (-packed.kept // P)).sum()
-        total, longest = torch.stack([pages, kept.max()]).tolist()
-        return total, longest
+        new = (ring_need - ring_have).sum() * self.kv_heads, (-(-kept // P) + (-packed.kept // P)).sum()
+        ring_pages, kept_pages, longest = torch.stack([*new, kept.max()]).tolist()
+        return ring_pages, kept_pages, longest
 
     def _all_layers(self) -> PackedLayer:
         """All layers as one: their sequences side by side."""

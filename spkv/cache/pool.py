@@ -1,6 +1,6 @@
 """Memory for pages: one tensor that is copied when it grows, or slabs that stay where they are.
 
-Legend: P pairs in a page, D head size, n pages.
+Legend: n pages.
 """
 
 from __future__ import annotations
@@ -8,6 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spkv.cache.pages import PageBudget
+
+# A full pool grows by at least this share. Small, since unused pages count as allocated memory.
+_GROWTH = 1 / 64
+# With slabs, by at least this many bytes, if they are no larger a share than 1/16: what torch's allocator hands out.
+_LEAST_SLAB = 2**21
 _LEAST_STACK = 1024
 
 
@@ -21,29 +27,42 @@ class PagePool:
     pool's worth of memory.
 
     Args:
-        pairs: P.
-        head_size: D.
+        shape: of a page.
         dtype, device: of the pages.
         slabs: whether growth leaves old pages where they are.
+        max_bytes: that the pages may take at most, or None.
+
+    Raises:
+        ValueError: if `max_bytes` do not hold one page.
 
     Attributes:
-        pages: [n, 2, P, D], keys and values; with slabs, the first slab.
+        pages: [n, *shape]; with slabs, the first slab.
+        budget: how many there are, and how many are free at least.
         free: int32, a stack of ids; those from index `taken` on are free. As long as the pool has pages, or longer.
         taken: [1] int32.
     """
 
-    def __init__(self, pairs: int, head_size: int, dtype: torch.dtype, device: torch.device, slabs: bool):
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        slabs: bool,
+        max_bytes: int | None = None,
+    ):
         self.slabs = slabs
-        self.pages = torch.empty(0, 2, pairs, head_size, dtype=dtype, device=device)
+        self.pages = torch.empty(0, *shape, dtype=dtype, device=device)
+        if max_bytes is not None and max_bytes < self.page_bytes:
+            raise ValueError(f"max_memory={max_bytes} bytes do not hold one page")
+        self.budget = PageBudget(None if max_bytes is None else max_bytes // self.page_bytes)
         self.free = torch.empty(0, dtype=torch.int32, device=device)
         self.taken = torch.zeros(1, dtype=torch.int32, device=device)
         self.moves = 0  # how often a tensor that kernels are given was replaced
         self._slabs: list[tuple[int, Tensor]] = []  # first id, and pages
-        self._count = 0
 
     @property
     def page_bytes(self) -> int:
-        return self.pages.element_size() * 2 * self.pages.shape[2] * self.pages.shape[3]
+        return self.pages.element_size() * self.pages.shape[1:].numel()
 
     @property
     def nbytes(self) -> int:
@@ -53,6 +72,24 @@ class PagePool:
     def free_count(self) -> int:
         """Free pages; waits for the device."""
         return self.free.numel() - int(self.taken)
+
+    def in_use(self) -> int:
+        """Pages that are not free; waits for the device."""
+        return self.budget.capacity - self.free_count()
+
+    def set_aside(self, count: int) -> None:
+        """Spend pages, growing by what is missing, or somewhat more.
+
+        Raises:
+            PoolFullError: if the limit does not allow it.
+        """
+        if self.budget.spend(count):
+            return
+        capacity = self.budget.capacity
+        least = min(_LEAST_SLAB // self.page_bytes, capacity // 16) if self.slabs else 0
+        self.grow(self.budget.growth(count, max(int(capacity * _GROWTH), least)))
+        spent = self.budget.spend(count)
+        assert spent
 
     def grow(self, count: int) -> None:
         """Add `count` free pages."""
@@ -64,10 +101,10 @@ class PagePool:
             pages[:first] = self.pages
             self.pages = pages
             self.moves += 1
-        self._count += count
-        if self._count > self.free.numel():
+        self.budget.grow(count)
+        if self.budget.capacity > self.free.numel():
             # Twice as long, so that this is rare. An entry is a thousandth of a page.
-            longer = self.free.new_empty(max(2 * self.free.numel(), self._count, _LEAST_STACK))
+            longer = self.free.new_empty(max(2 * self.free.numel(), self.budget.capacity, _LEAST_STACK))
             added = longer.numel() - self.free.numel()
             longer[added:] = self.free
             self.free = longer
@@ -87,7 +124,7 @@ class PagePool:
         return ids
 
     def gather(self, ids: Tensor) -> Tensor:
-        """Copies of pages: ids [n] -> [n, 2, P, D]."""
+        """Copies of pages: ids [n] -> [n, *shape]."""
         if not self.slabs:
             return self.pages[ids.long()]
         out = self.pages.new_empty(ids.numel(), *self.pages.shape[1:])
@@ -97,7 +134,7 @@ class PagePool:
         return out
 
     def scatter(self, ids: Tensor, pages: Tensor) -> None:
-        """Overwrite pages: ids [n], pages [n, 2, P, D]."""
+        """Overwrite pages: ids [n], pages [n, *shape]."""
         if not self.slabs:
             self.pages[ids.long()] = pages
             return

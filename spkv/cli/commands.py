@@ -19,6 +19,7 @@ from spkv.cli.console import (
     working,
 )
 from spkv.cli.models import DTYPES, device_called, dtype_called, opened, tokenizer_and_config
+from spkv.config import PAGE_DTYPES, check_page_dtype, check_threshold
 
 # A library's TypeError is as likely a user's mistake as a fault of ours; this shows where it came from.
 TRACEBACK = "SPKV_TRACEBACK"
@@ -46,6 +47,10 @@ Data = Annotated[
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; default: a GPU if there is one.")]
 Dtype = Annotated[
     str | None, typer.Option(help=f"Of weights and cache: {', '.join(DTYPES)}; default: the checkpoint's.")
+]
+PageDtype = Annotated[
+    str | None,
+    typer.Option(help=f"Code kept pairs as one of {', '.join(PAGE_DTYPES)}; default: the stored choice, or none."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
@@ -106,6 +111,7 @@ def generate(
         bool, typer.Option("--dense", help="The model's own attention and cache; of the base, if it has no adapter.")
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to make at most.")] = 128,
+    page_dtype: PageDtype = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
@@ -119,13 +125,13 @@ def generate(
     Example:
       spkv generate smollm2 --prompt "Once upon a time" --max-new-tokens 64
     """
-    from spkv.config import check_threshold
     from spkv.text import read_document
 
+    check_page_dtype(page_dtype)
     if threshold is not None:
         check_threshold(threshold)
-        if dense:
-            raise ValueError("--dense keeps every pair: it cannot be combined with --threshold")
+    if dense and (threshold is not None or page_dtype is not None):
+        raise ValueError("--dense keeps every pair as it is: it cannot be combined with --threshold or --page-dtype")
     if (prompt is None) == (prompt_file is None):
         raise ValueError("give the prompt with one of --prompt TEXT and --prompt-file FILE")
     content = read_document(prompt_file) if prompt_file is not None else prompt or ""
@@ -138,7 +144,7 @@ def generate(
         tokenizer, config = tokenizer_and_config(model)
         prompt_ids = encode_prompt(tokenizer, content, chat=chat)
         check_length(config, prompt_ids.shape[1], max_new_tokens)
-        with opened(model, adapter, device, dtype, threshold, dense) as loaded:
+        with opened(model, adapter, device, dtype, threshold, dense, page_dtype) as loaded:
             result = run_generate(
                 loaded,
                 tokenizer,
@@ -162,6 +168,7 @@ def evaluate(
         int | None, typer.Option(help="Sequences at most, spread evenly over the data; default: all.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences read at once.")] = 1,
+    page_dtype: PageDtype = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
@@ -180,6 +187,7 @@ def evaluate(
         from spkv.evals import TASKS, cut_sequences, evaluate_nll, make_policies
         from spkv.hf.generation import check_length
 
+        check_page_dtype(page_dtype)
         if task not in TASKS:
             raise ValueError(f"unknown task {task!r}; known are {', '.join(TASKS)}")
         names, values = policies.split(","), _numbers("--thresholds", thresholds)
@@ -187,7 +195,7 @@ def evaluate(
         tokenizer, config = tokenizer_and_config(model)
         check_length(config, sequence_length)
         sequences = cut_sequences(data, tokenizer, sequence_length, limit=limit, progress=progress)
-        with opened(model, adapter, device, dtype) as loaded:
+        with opened(model, adapter, device, dtype, page_dtype=page_dtype) as loaded:
             stored = spkv.attachment(loaded).config.threshold
             rows = evaluate_nll(
                 loaded,

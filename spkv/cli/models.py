@@ -35,6 +35,7 @@ def opened(
     dtype: str | None,
     threshold: float | None = None,
     dense: bool = False,
+    page_dtype: str | None = None,
 ) -> Iterator[PreTrainedModel]:
     """The model to run; inside this context it is dense if asked for."""
     import spkv
@@ -46,6 +47,8 @@ def opened(
         yield load_base(model, dtype=kind).to(place).eval()  # type: ignore[arg-type]
         return
     loaded = spkv.load(model, adapter=adapter, dtype=kind, device=place, threshold=threshold)
+    if page_dtype is not None:
+        spkv.attachment(loaded).page_dtype = page_dtype
     with spkv.dense(loaded) if dense else contextlib.nullcontext():
         yield loaded
 

@@ -46,6 +46,7 @@ class Attachment:
         gate: the gate in force; a `ThresholdGate` unless training or an evaluation sets another.
         oracle: True computes passes without a cache through a dense mask, for tests and evaluation.
         max_memory: bytes that a cache made by `generate()` may take at most; None for no bound.
+        page_dtype: how its kept pairs are coded; as in `SPKVConfig`, whose value it starts with.
     """
 
     def __init__(self, decoder: Decoder, config: SPKVConfig, layers: tuple[int, ...]):
@@ -53,6 +54,7 @@ class Attachment:
         self.gate: Gate = ThresholdGate(config.threshold)
         self.oracle = False
         self.max_memory: int | None = None
+        self.page_dtype = config.page_dtype
         self.suspended = False
         self.context: forward.ForwardContext | None = None  # of the pass under way, where keywords do not carry it
         self._record: Record | None = None
@@ -93,13 +95,14 @@ class Attachment:
         finally:
             self._record = before
 
-    def new_cache(self, max_memory: int | None = None) -> SPKVCache:
-        """An empty cache for this model, bounded by `max_memory` bytes or by the attachment's own bound."""
+    def new_cache(self, max_memory: int | None = None, page_dtype: str | None = None) -> SPKVCache:
+        """An empty cache for this model; what is None is taken from the attachment."""
         return SPKVCache(
             self.decoder,
             self.config.window,
             self.config.page_size,
             self.max_memory if max_memory is None else max_memory,
+            self.page_dtype if page_dtype is None else page_dtype,
         )
 
     def check_cache(self, cache: SPKVCache) -> None:

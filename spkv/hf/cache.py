@@ -78,7 +78,8 @@ class SPKVCache(Cache):
     Args:
         decoder: the attached model's decoder (`spkv.attachment(model).decoder`).
         window, page_size: as in `SPKVConfig`.
-        max_memory: bytes that the pool may take at most; None for no bound.
+        max_memory: bytes that the pages may take at most; None for no bound.
+        page_dtype: as in `SPKVConfig`.
     """
 
     def __init__(
@@ -87,10 +88,11 @@ class SPKVCache(Cache):
         window: int,
         page_size: int = 16,
         max_memory: int | None = None,
+        page_dtype: str | None = None,
     ):
         self.global_layers, self._config = decoder.global_layers, decoder.config
         super().__init__(layers=self._new_layers())
-        self.packed = PackedCache(len(self.global_layers), decoder.kv_heads, window, page_size, max_memory)
+        self.packed = PackedCache(len(self.global_layers), decoder.kv_heads, window, page_size, max_memory, page_dtype)
         self.window = window
         self.active: Tensor | None = None  # inside `stepping`
         self._slot = {layer: slot for slot, layer in enumerate(self.global_layers)}

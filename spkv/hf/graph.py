@@ -61,6 +61,7 @@ def generate(
     *args: Any,
     cuda_graph: bool | None = None,
     compile: bool = False,
+    page_dtype: str | None = None,
     **kwargs: Any,
 ) -> Any:
     """`model.generate()` of an attached model: transformers' own, decoding with a CUDA graph where one can be used.
@@ -74,10 +75,15 @@ def generate(
             sampled decoding on CUDA, of a model all of whose attention is global.
         compile: also fuse the small operations of a step with torch.compile, which takes some seconds once in a
             process; see `compiled.py`. Needs the graph.
+        page_dtype: how the cache that this call makes codes kept pairs, as in `SPKVConfig`.
 
     Raises:
         NotGraphableError: if the graph was insisted on and cannot be used; a ValueError.
     """
+    if page_dtype is not None:
+        if kwargs.get("past_key_values") is not None:
+            raise ValueError("page_dtype is for a new cache, and past_key_values was given")
+        kwargs["past_key_values"] = attachment.new_cache(page_dtype=page_dtype)
     if cuda_graph is False:
         if compile:
             raise NotGraphableError("compile=True needs the CUDA graph, and cuda_graph=False was given")
@@ -177,6 +183,8 @@ def _decode(
             raise NotGraphableError("the cache given is none of spkv's")  # transformers' loop says what is wrong
         cache = attachment.new_cache()
     attachment.check_cache(cache)
+    if cache.packed.codec is not None:
+        raise NotGraphableError("Triton's kernels do not read coded pages")
 
     prompt = input_ids.to(model.device)
     logits = _prefill(model, cache, prompt, model_kwargs.get("attention_mask"), generation_config)

@@ -44,6 +44,11 @@ def _needs_one_tensor(arguments: dict[str, Any]) -> str | None:
     return None
 
 
+def _needs_plain_pages(arguments: dict[str, Any]) -> str | None:
+    packed = arguments.get("packed") or arguments.get("past")
+    return None if packed is None or packed.coded is None else "it does not read coded pages"
+
+
 def _all_of(*obstacles: Callable[[dict[str, Any]], str | None]) -> Callable[[dict[str, Any]], str | None]:
     return lambda arguments: next((reason for obstacle in obstacles if (reason := obstacle(arguments))), None)
 
@@ -56,7 +61,9 @@ _GATED_ATTENTION = (
 )
 _PRUNED_PREFILL = (
     Implementation("triton", _function("triton.prefill", "pruned_prefill"), limits.prefill),
-    Implementation("flex", _function("flex", "pruned_prefill"), _all_of(_needs_cuda, _needs_one_tensor)),
+    Implementation(
+        "flex", _function("flex", "pruned_prefill"), _all_of(_needs_cuda, _needs_one_tensor, _needs_plain_pages)
+    ),
     Implementation("sdpa", _function("sdpa", "pruned_prefill"), _needs_one_tensor),
     Implementation("reference", _function("reference", "pruned_prefill"), _needs_one_tensor),
 )

@@ -9,7 +9,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from spkv.ops.codec import Codec
+
+
+@dataclass(frozen=True)
+class CodedPages:
+    """The kept pages of chains whose pairs are coded, which then do not lie in `PackedLayer.pool`.
+
+    Attributes:
+        codec: how.
+        pool: [pages, codec.page_bytes(P, D)] uint8, shared by all layers.
+        free, taken: a stack of page ids as `PackedLayer`'s own, for the kept pages; given where that has one.
+    """
+
+    codec: Codec
+    pool: Tensor
+    free: Tensor | None = None
+    taken: Tensor | None = None
+
+    def rows(self, page_size: int, head_size: int) -> tuple[Tensor, Tensor]:
+        """Views of the pool: codes [pages, 2, P, code_bytes] uint8 and scales [pages, 2, P, scales] float16."""
+        width, numbers = self.codec.code_bytes(head_size), self.codec.scales(head_size)
+        split = 2 * page_size * width
+        codes = self.pool[:, :split].unflatten(1, (2, page_size, width))
+        return codes, self.pool[:, split:].view(torch.float16).unflatten(1, (2, page_size, numbers))
 
 
 @dataclass(frozen=True)
@@ -27,6 +53,8 @@ class PackedLayer:
         taken: [1] int32, given with `free`: how many of its pages, from the start, were handed out so far.
         scattered: page ids say how many pages' bytes a page lies from the start of `pool`, and may lead out of it, to
             another allocation. Only implementations that compute addresses themselves can read such pages.
+
+        coded: where the kept pages are, if pairs are coded when they leave the window; None: in `pool`, as they are.
 
     With `free`, `write` hands pages out: a ring gets one when the first token enters it, a chain's end when an append
     begins it. Without, the table must hold the pages before `write` is called. Either way the table needs the columns
@@ -49,10 +77,13 @@ class PackedLayer:
     free: Tensor | None = None
     taken: Tensor | None = None
     scattered: bool = False
+    coded: CodedPages | None = None
 
     def __post_init__(self) -> None:
         if (self.free is None) != (self.taken is None):
             raise ValueError("free and taken must be given together")
+        if self.coded is not None and (self.coded.free is None) != (self.free is None):
+            raise ValueError("ring pages and coded pages must both come from stacks, or neither")
 
     @property
     def page_size(self) -> int:

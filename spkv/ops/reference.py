@@ -111,16 +111,21 @@ def pruned_prefill(
             past, b, key[b, :, columns], value[b, :, columns], keep[b, :, columns]
         )
         index = torch.arange(recent_key.shape[1], device=query.device)
-        log_gate = torch.zeros(recent_keep.shape, device=query.device).masked_fill_(~recent_keep, float("-inf"))
+        distance = index[ring_length:, None] - index
+        near = (distance >= 0) & (distance < window)
+        far_key, far_value = coded_rows(past, recent_key), coded_rows(past, recent_value)
         for h in range(key.shape[1]):
             group = slice(h * (query.shape[1] // key.shape[1]), (h + 1) * (query.shape[1] // key.shape[1]))
             old_key, old_value = kept_pairs(past, b, h, key, value)
-            bias = window_bias(index[ring_length:], index, log_gate[None, h : h + 1], window)
-            bias = torch.cat([bias.new_zeros(*bias.shape[:-1], old_key.shape[0]), bias], dim=-1)
+            # Old pairs, which all queries see; recent ones past the window, if kept; recent ones inside it.
+            visible = torch.cat(
+                [near.new_ones(near.shape[0], old_key.shape[0]), (distance >= window) & recent_keep[h], near], 1
+            )
+            bias = torch.zeros(visible.shape, device=query.device).masked_fill_(~visible, float("-inf"))
             out[b, group][:, columns] = attend(
                 query[b, group][:, columns].unsqueeze(0),
-                torch.cat([old_key, recent_key[h]])[None, None],
-                torch.cat([old_value, recent_value[h]])[None, None],
+                torch.cat([old_key, far_key[h], recent_key[h]])[None, None],
+                torch.cat([old_value, far_value[h], recent_value[h]])[None, None],
                 bias,
                 scale=scale,
                 softcap=softcap,
@@ -139,21 +144,26 @@ def packed_decode(
 ) -> Tensor:
     """See `spkv.ops.attention.packed_decode`. Pads every chain to the longest."""
     B, D = query.shape[0], query.shape[3]
-    C, P, ring_slots = packed.kept.shape[0], packed.page_size, packed.ring_pages * packed.page_size
-    pages = packed.ring_pages + -(-int(packed.kept.max()) // P)
-    pairs = packed.pool[packed.table[:, :pages].long()]  # [C, pages, 2, P, D]
-    slot = torch.arange(pages * P, device=query.device)
-    in_ring = slot < packed.seen.clamp_max(packed.window).repeat_interleave(packed.kv_heads)[:, None]
-    in_kept = (slot >= ring_slots) & (slot < ring_slots + packed.kept[:, None])
-    held = in_ring | in_kept  # [C, pages * P]
+    P, w = packed.page_size, packed.window
+    kept_pages = -(-int(packed.kept.max()) // P)
+    ring = packed.pool[packed.table[:, : packed.ring_pages].long()]  # [C, ring pages, 2, P, D]
+    kept_key, kept_value = read_kept(packed, packed.table[:, packed.ring_pages : packed.ring_pages + kept_pages])
+    slot = torch.arange(packed.ring_pages * P, device=query.device)
+    in_ring = slot < packed.seen.clamp_max(w).repeat_interleave(packed.kv_heads)[:, None]
+    in_kept = torch.arange(kept_pages * P, device=query.device) < packed.kept[:, None]
+    held = torch.cat([in_ring, in_kept], dim=1)  # [C, slots]
     # Slots that hold nothing may hold anything, NaN included; 0 * NaN would reach the output.
-    key = pairs[:, :, 0].reshape(C, -1, D).masked_fill(~held[..., None], 0.0)
-    value = pairs[:, :, 1].reshape(C, -1, D).masked_fill(~held[..., None], 0.0)
+    key, value = (
+        torch.cat([ring[:, :, half].flatten(1, 2), kept.flatten(1, 2).to(query.dtype)], dim=1)
+        .masked_fill(~held[..., None], 0.0)
+        .view(B, packed.kv_heads, -1, D)
+        for half, kept in enumerate((kept_key, kept_value))
+    )
     bias = torch.zeros(held.shape, device=query.device).masked_fill_(~held, float("-inf"))
     return attend(
         query,
-        key.view(B, packed.kv_heads, -1, D),
-        value.view(B, packed.kv_heads, -1, D),
+        key,
+        value,
         bias.view(B, packed.kv_heads, 1, 1, -1),
         scale=scale,
         softcap=softcap,
@@ -200,22 +210,31 @@ def _hand_out(packed: PackedLayer, keep: Tensor, valid: Tensor | None) -> tuple[
     Returns [B] bool, the sequences whose rings have all their pages, and [C] int64, the kept pairs that each chain has
     pages for.
     """
-    assert packed.free is not None
-    assert packed.taken is not None
-    P, Hkv, C = packed.page_size, packed.kv_heads, packed.kept.shape[0]
+    P, Hkv = packed.page_size, packed.kv_heads
     arriving = torch.full_like(packed.seen, keep.shape[2]) if valid is None else valid.sum(1)
     ring_have, ring_need = (-(-n.clamp_max(packed.window) // P) for n in (packed.seen, packed.seen + arriving))
     kept_have, kept_need = (-(-n // P) for n in (packed.kept, packed.kept + count_leaving(packed, keep, valid)))
-    count = torch.cat([(ring_need - ring_have).repeat_interleave(Hkv), kept_need - kept_have]).long()  # [2 * C]
-    column = torch.cat([ring_have.repeat_interleave(Hkv), packed.ring_pages + kept_have]).long()
-    first = packed.taken.long() + count.cumsum(0) - count
-    granted = (packed.free.numel() - first).clamp_min(0).minimum(count)
-    packed.taken.add_(count.sum())
-    row = torch.arange(2 * C, device=count.device).repeat_interleave(granted)
+    ring_count = (ring_need - ring_have).repeat_interleave(Hkv)
+    columns = ring_have.repeat_interleave(Hkv), packed.ring_pages + kept_have
+    ring_granted = _grant(packed.table, columns[0], ring_count, packed.free, packed.taken)
+    kept_stack = (packed.free, packed.taken) if packed.coded is None else (packed.coded.free, packed.coded.taken)
+    kept_granted = _grant(packed.table, columns[1], kept_need - kept_have, *kept_stack)
+    enters = (ring_granted == ring_count).view(-1, Hkv).all(1)
+    return enters, (kept_have + kept_granted) * P
+
+
+def _grant(table: Tensor, column: Tensor, count: Tensor, free: Tensor | None, taken: Tensor | None) -> Tensor:
+    """Enter `count` [C] pages of a stack into each chain's row from `column` [C] on; returns how many there were."""
+    assert free is not None
+    assert taken is not None
+    count = count.long()
+    first = taken.long() + count.cumsum(0) - count
+    granted = (free.numel() - first).clamp_min(0).minimum(count)
+    taken.add_(count.sum())
+    row = torch.arange(count.numel(), device=count.device).repeat_interleave(granted)
     nth = torch.arange(row.shape[0], device=count.device) - (granted.cumsum(0) - granted)[row]
-    packed.table[row % C, column[row] + nth] = packed.free[first[row] + nth]
-    enters = (granted == count)[:C].view(-1, Hkv).all(1)
-    return enters, (kept_have + granted[C:]) * P
+    table[row, column.long()[row] + nth] = free[first[row] + nth]
+    return granted
 
 
 def _write_token(packed: PackedLayer, key: Tensor, value: Tensor, keep: Tensor, room: Tensor | None) -> None:
@@ -231,7 +250,7 @@ def _write_token(packed: PackedLayer, key: Tensor, value: Tensor, keep: Tensor, 
     if append.numel():
         target = packed.kept[append].long()
         target_page = packed.table[append, packed.ring_pages + target // P].long()
-        packed.pool[target_page, :, target % P] = packed.pool[page[append], :, offset[append]]
+        write_kept(packed, target_page, target % P, packed.pool[page[append], :, offset[append]])
         packed.kept[append] += 1
     packed.pool[page, 0, offset] = key
     packed.pool[page, 1, offset] = value
@@ -260,8 +279,8 @@ def _write_chunk(
     rank = leaves.cumsum(1)[head, position] - 1
     target = kept[head].long() + rank
     target_page = table[head, packed.ring_pages + target // P]
-    packed.pool[target_page, 0, target % P] = recent_key[head, position]
-    packed.pool[target_page, 1, target % P] = recent_value[head, position]
+    pairs = torch.stack([recent_key[head, position], recent_value[head, position]], dim=1)
+    write_kept(packed, target_page, target % P, pairs)
     kept += leaves.sum(1).to(kept.dtype)
 
     # The ring takes the tokens of this chunk that are still in the window.
@@ -311,5 +330,30 @@ def kept_pairs(past: PackedLayer | None, b: int, h: int, key: Tensor, value: Ten
     chain, P = b * past.kv_heads + h, past.page_size
     kept = int(past.kept[chain])
     pages = past.table[chain, past.ring_pages : past.ring_pages + -(-kept // P)].long()
-    # Indexing each half apart gives contiguous copies, and reads each byte once.
-    return past.pool[:, 0][pages].flatten(0, 1)[:kept], past.pool[:, 1][pages].flatten(0, 1)[:kept]
+    old_key, old_value = read_kept(past, pages)
+    return old_key.flatten(0, 1)[:kept].to(key.dtype), old_value.flatten(0, 1)[:kept].to(value.dtype)
+
+
+def read_kept(packed: PackedLayer, pages: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [..., P, D] of kept pages [...]; in float32 where they are coded."""
+    pages = pages.long()
+    if packed.coded is None:
+        # Indexing each half apart gives contiguous copies, and reads each byte once.
+        return packed.pool[:, 0][pages], packed.pool[:, 1][pages]
+    codes, scales = packed.coded.rows(packed.page_size, packed.pool.shape[-1])
+    key, value = (packed.coded.codec.decode(codes[:, half][pages], scales[:, half][pages]) for half in range(2))
+    return key, value
+
+
+def write_kept(packed: PackedLayer, page: Tensor, offset: Tensor, pairs: Tensor) -> None:
+    """Put pairs [n, 2, D] into kept pages [n] at offsets [n]."""
+    if packed.coded is None:
+        packed.pool[page, :, offset] = pairs
+        return
+    codes, scales = packed.coded.rows(packed.page_size, packed.pool.shape[-1])
+    codes[page, :, offset], scales[page, :, offset] = packed.coded.codec.encode(pairs)
+
+
+def coded_rows(past: PackedLayer | None, rows: Tensor) -> Tensor:
+    """What queries past the window see of rows [..., D]: themselves, or what their codes say."""
+    return rows if past is None or past.coded is None else past.coded.codec.round(rows)

@@ -88,18 +88,25 @@ def pruned_prefill(
             heads = slice(h * group, (h + 1) * group)
             old_key, old_value = reference.kept_pairs(past, b, h, key, value)
             kept_index = recent_keep[h].nonzero()[:, 0]
-            kept_key = torch.cat([old_key, recent_key[h, kept_index]])
-            kept_value = torch.cat([old_value, recent_value[h, kept_index]])
+            kept_key = torch.cat([old_key, reference.coded_rows(past, recent_key[h, kept_index])])
+            kept_value = torch.cat([old_value, reference.coded_rows(past, recent_value[h, kept_index])])
             kept_before = torch.cat([recent_keep.new_zeros(1, dtype=torch.long), recent_keep[h].cumsum(0)]).tolist()
             for start in range(0, queries.shape[1], _BLOCK):
                 stop = min(start + _BLOCK, queries.shape[1])
                 near = max(0, ring_length + start - window + 1)  # oldest pair in the first query's window
-                far = old_key.shape[0] + kept_before[near]
+                past_last = max(near, ring_length + stop - window)  # oldest pair in the last query's window
+                full, far = (old_key.shape[0] + kept_before[n] for n in (near, past_last))
                 result[heads, start:stop] = _attend(
                     queries[None, heads, start:stop],
                     torch.cat([kept_key[:far], recent_key[h, near : ring_length + stop]])[None, None],
                     torch.cat([kept_value[:far], recent_value[h, near : ring_length + stop]])[None, None],
-                    _block_mask(recent_keep[h], near, ring_length + start, ring_length + stop, far, window),
+                    _block_mask(
+                        kept_index[kept_before[near] : kept_before[past_last]],
+                        torch.arange(near, ring_length + stop, device=query.device),
+                        torch.arange(ring_length + start, ring_length + stop, device=query.device),
+                        full,
+                        window,
+                    ),
                     scale=scale,
                     softcap=softcap,
                     sinks=None if sinks is None else sinks[heads],
@@ -118,8 +125,7 @@ def packed_decode(
 ) -> Tensor:
     """See `spkv.ops.attention.packed_decode`: one chain after the other, each at its own length."""
     B, H, _, D = query.shape
-    Hkv, P, ring_slots = packed.kv_heads, packed.page_size, packed.ring_pages * packed.page_size
-    pool_key, pool_value = packed.pool[:, 0], packed.pool[:, 1]
+    Hkv, P, ring_pages = packed.kv_heads, packed.page_size, packed.ring_pages
     grouped = query.reshape(B * Hkv, H // Hkv, D)
     accumulate = torch.promote_types(query.dtype, torch.float32)
     out = torch.zeros_like(grouped)
@@ -128,14 +134,17 @@ def packed_decode(
         held = min(seen[c // Hkv], packed.window)
         if held == 0:
             continue
-        pages = packed.table[c, : packed.ring_pages + -(-kept[c] // P)]
-        key = pool_key.index_select(0, pages).flatten(0, 1)
-        value = pool_value.index_select(0, pages).flatten(0, 1)
-        if held == ring_slots:
-            key, value = key[: ring_slots + kept[c]], value[: ring_slots + kept[c]]
+        pages = packed.table[c, : ring_pages + -(-kept[c] // P)]
+        if packed.coded is None and held == ring_pages * P:  # one list, without holes
+            key, value = (
+                packed.pool[:, half].index_select(0, pages).flatten(0, 1)[: held + kept[c]] for half in range(2)
+            )
         else:
-            key = torch.cat([key[:held], key[ring_slots : ring_slots + kept[c]]])
-            value = torch.cat([value[:held], value[ring_slots : ring_slots + kept[c]]])
+            old_pairs = reference.read_kept(packed, pages[ring_pages:])
+            key, value = (
+                torch.cat([ring.flatten(0, 1)[:held], old.flatten(0, 1)[: kept[c]].to(query.dtype)])
+                for ring, old in zip(packed.pool[pages[:ring_pages].long()].unbind(1), old_pairs, strict=True)
+            )
         if softcap is not None or sinks is not None:
             heads = slice(c % Hkv * (H // Hkv), (c % Hkv + 1) * (H // Hkv))
             out[c] = reference.attend(
@@ -154,13 +163,15 @@ def packed_decode(
     return out.view(B, H, 1, D)
 
 
-def _block_mask(keep: Tensor, near: int, start: int, stop: int, far: int, window: int) -> Tensor:
-    """Bool [stop - start, far + stop - near]: the first `far` keys are seen by all, the near ones by the rule."""
-    key_index = torch.arange(near, stop, device=keep.device)
-    distance = torch.arange(start, stop, device=keep.device)[:, None] - key_index
-    mask = torch.ones(stop - start, far + stop - near, dtype=torch.bool, device=keep.device)
-    mask[:, far:] = (distance >= 0) & ((distance < window) | keep[near:stop])
-    return mask
+def _block_mask(edge: Tensor, near: Tensor, queries: Tensor, full: int, window: int) -> Tensor:
+    """Bool [queries, full + edge + near]: what each query of a block sees.
+
+    The first `full` kept pairs lie before all its windows, those at indices `edge` before some of them, and the pairs
+    at indices `near` count while they are inside.
+    """
+    every = torch.ones(queries.numel(), full, dtype=torch.bool, device=queries.device)
+    distance = queries[:, None] - near
+    return torch.cat([every, queries[:, None] - edge >= window, (distance >= 0) & (distance < window)], dim=1)
 
 
 def _attend(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from spkv.cache.dense import DenseCache
 from spkv.cache.packed import PackedCache
 from spkv.cache.pages import PoolFullError
+from spkv.ops.codec import codec
 
 D = 4
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -23,7 +24,7 @@ needs_triton = pytest.mark.skipif(
 class Text:
     """Random pairs of `layers` layers for B sequences of T tokens; a share of them kept."""
 
-    def __init__(self, layers, B, Hkv, group, T, density, dtype=torch.float64, device="cpu"):
+    def __init__(self, layers, B, Hkv, group, T, density, dtype=torch.float64, device="cpu", D=D):
         def draw(*shape):
             return torch.randn(*shape, dtype=torch.float64).to(device, dtype)
 
@@ -41,6 +42,20 @@ def oracle(text, layer, b, window, **options):
     return cache.attend(0, *chunk, scale=0.5, **options)[0]
 
 
+def coded_oracle(text, layer, b, window, name):
+    """Attention in which queries past the window meet what the codes say."""
+    query, key, value, keep = text.chunk(layer, b, slice(None))
+    group = query.shape[0] // key.shape[0]
+    key, value, keep = (t.repeat_interleave(group, 0) for t in (key, value, keep))
+    index = torch.arange(query.shape[1])
+    distance = index[:, None] - index
+    near, far = (distance >= 0) & (distance < window), (distance >= window) & keep[:, None]
+    far_key, far_value = codec(name).round(key), codec(name).round(value)
+    scores = torch.where(near, query @ key.mT, query @ far_key.mT) * 0.5
+    weights = scores.masked_fill(~(near | far), float("-inf")).softmax(-1)
+    return (weights * near) @ value + (weights * far) @ far_value
+
+
 def poison(cache):
     """Fill every slot that holds nothing with NaN."""
     P = cache.page_size
@@ -48,7 +63,7 @@ def poison(cache):
     ring = slot < cache.seen.clamp_max(cache.window).repeat_interleave(cache.kv_heads, 1)[..., None]
     kept = (slot >= cache.ring_pages * P) & (slot < cache.ring_pages * P + cache.kept[..., None])
     layer, chain, slot = (ring | kept).nonzero(as_tuple=True)
-    times_held = torch.zeros(cache.budget.capacity, P, dtype=torch.long)
+    times_held = torch.zeros(cache.pool.budget.capacity, P, dtype=torch.long)
     times_held.index_put_((cache.table[layer, chain, slot // P].long(), slot % P), torch.tensor(1), accumulate=True)
     assert times_held.max() <= 1, "two pairs share a slot"
     cache.pool.pages.transpose(1, 2)[times_held == 0] = float("nan")
@@ -127,6 +142,60 @@ def test_any_schedule_gives_what_the_oracle_gives(data, implementation):
     assert cache.pages_in_use() == pages_held(cache)
 
 
+@settings(max_examples=15)
+@given(data=st.data())
+@pytest.mark.parametrize("implementation", [None, "reference"])
+@pytest.mark.parametrize("page_dtype", ["int8", "fp8", "int4"])
+def test_any_schedule_over_coded_pages_gives_one_answer(data, implementation, page_dtype):
+    B, Hkv, group = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2))
+    window, page_size = data.draw(st.integers(1, 40)), data.draw(st.sampled_from([4, 16]))
+    schedule = data.draw(schedules(B))
+    totals = [sum(step[b] for step in schedule) for b in range(B)]
+    text = Text(2, B, Hkv, group, max(totals), data.draw(st.sampled_from([0.0, 0.5, 1.0])), D=64)
+    cache = PackedCache(2, Hkv, window, page_size, page_dtype=page_dtype)
+    outputs = run(cache, text, schedule, poisoned=False, implementation=implementation)
+    for layer in range(2):
+        for b, total in enumerate(totals):
+            expected = coded_oracle(text, layer, b, window, page_dtype)[:, :total]
+            torch.testing.assert_close(outputs[layer][b], expected, rtol=1e-9, atol=1e-10)
+    assert cache.pages_in_use() == int(cache._columns_in_use(list(range(B))).sum())
+    other = copy.deepcopy(cache)
+    other.select(torch.tensor([0] * B + [0]))
+    other.drop([0])
+    assert other.pages_in_use() == int(other._columns_in_use(list(range(B + 1))).sum())
+    token = [t[0, :1, :, :1] for t in (text.query, text.key, text.value, text.keep)]
+    answer = cache.attend(0, *(t.expand(B, *t.shape[1:]) for t in token), scale=0.5)[0]
+    copied = other.attend(0, *(t.expand(B + 1, *t.shape[1:]) for t in token), scale=0.5)[B]
+    torch.testing.assert_close(copied, answer, rtol=1e-12, atol=1e-12)
+
+
+def test_coded_pages_shrink_memory_and_wrong_ones_are_refused():
+    T, D = 4096, 128
+    text = Text(1, 1, 2, 1, T, 0.25, torch.bfloat16, D=D)
+    dense_bytes = 2 * text.key.numel() * 2
+    for page_dtype, factor in ((None, 3.4), ("int8", 6.0), ("int4", 8.8)):
+        cache = PackedCache(1, 2, 128, page_dtype=page_dtype)
+        run(cache, text, [[1024]] * 4, poisoned=False)
+        assert dense_bytes / cache.nbytes >= factor
+        assert cache.nbytes == sum(
+            t.untyped_storage().nbytes()
+            for owner in (cache, *cache._pools())
+            for t in vars(owner).values()
+            if isinstance(t, torch.Tensor)
+        )
+    with pytest.raises(ValueError, match="coded in another way than page_dtype='int8'"):
+        PackedCache(1, 2, 128, page_dtype="int8").load_state(cache.state())
+    with pytest.raises(ValueError, match="one of int8, fp8, int4, not 'int3'"):
+        PackedCache(1, 2, 128, page_dtype="int3")
+    with pytest.raises(ValueError, match="multiples of 64, not 4"):
+        run(PackedCache(1, 1, 4, page_dtype="int4"), Text(1, 1, 1, 1, 4, 1.0), [[4]], poisoned=False)
+    bounded = PackedCache(1, 2, 128, page_dtype="int4", max_memory=2 * 8 * 2 * 16 * D * 2 + 100 * 2560)
+    with pytest.raises(PoolFullError, match="may hold 100 at most"):
+        run(bounded, text, [[1024]] * 4, poisoned=False)
+    with pytest.raises(ValueError, match="do not hold one page"):
+        run(PackedCache(1, 2, 128, page_dtype="int4", max_memory=1000), text, [[8]], poisoned=False)
+
+
 @settings(max_examples=25)
 @given(
     window=st.integers(1, 20),
@@ -161,7 +230,7 @@ def test_a_state_round_trip_continues_alike_and_is_compact():
     cache, other = PackedCache(2, 2, 8, 4), PackedCache(2, 2, 8, 4)
     run(cache, text, [[40, 40]])
     other.load_state(cache.state())
-    assert other.budget.capacity == cache.pages_in_use() == other.pages_in_use()
+    assert other.pool.budget.capacity == cache.pages_in_use() == other.pages_in_use()
     for i in range(40, 50):
         chunk = [t[0, :, :, i : i + 1] for t in (text.query, text.key, text.value, text.keep)]
         assert torch.equal(cache.attend(0, *chunk, scale=0.5), other.attend(0, *chunk, scale=0.5))
@@ -207,7 +276,7 @@ def test_moves_never_come_back_to_a_number_and_dropping_twice_is_dropping_once()
         run(cache, text, [[40] * 3], poisoned=False)
         cache.drop([1, 1, 2])
         assert cache.pages_in_use() == pages_held(cache)
-        assert cache.budget.free <= cache.pool.free_count()
+        assert cache.pool.budget.free <= cache.pool.free_count()
         assert cache.moves not in seen
         seen.add(cache.moves)
         cache.reset()
@@ -218,7 +287,7 @@ def test_a_chunk_after_single_tokens_gets_the_pages_set_aside_for_more_of_them()
     # Per layer and head: 4 pages for the ring, 10 for the 40 pairs that have left it in the end.
     cache = PackedCache(2, 2, 16, 4, max_memory=2 * 2 * 14 * 2 * 4 * D * 8)
     run(cache, text, [[20]] + [[1]] * 5 + [[31]], poisoned=False)
-    assert cache.pages_in_use() == cache.budget.capacity == 2 * 2 * 14
+    assert cache.pages_in_use() == cache.pool.budget.capacity == 2 * 2 * 14
 
 
 def test_memory_follows_density_and_is_what_the_tensors_hold():
@@ -236,7 +305,7 @@ def test_memory_follows_density_and_is_what_the_tensors_hold():
     assert cache.nbytes <= 0.27 * dense_bytes
     tensors = [v for owner in (cache, cache.pool) for v in vars(owner).values() if isinstance(v, torch.Tensor)]
     assert cache.nbytes == sum(t.untyped_storage().nbytes() for t in tensors)
-    pages_bytes = cache.budget.capacity * cache.pool.page_bytes
+    pages_bytes = cache.pool.budget.capacity * cache.pool.page_bytes
     assert pages_bytes / (held * 2 * 64 * 4) <= 1.05
 
 
@@ -299,7 +368,7 @@ def test_after_prepare_single_tokens_always_fit_and_a_pool_too_full_says_so_befo
     with pytest.raises(PoolFullError, match="may hold 170 at most"):
         cache.prepare(1)
     # A step of two sequences takes 12 pages at most.
-    assert cache.budget.capacity == 170
+    assert cache.pool.budget.capacity == 170
     assert cache.pool.free_count() < 12
     assert cache.seen.tolist() == [[done, done]] * layers
     cache.drop([0])
@@ -407,7 +476,7 @@ def test_slabs_hold_what_one_tensor_holds(data, dtype):
         for b in range(B):
             assert torch.equal(in_slabs[layer][b], in_one[layer][b])
     slabs = len(caches[True].pool._slabs)
-    assert slabs > 1 or caches[True].budget.capacity == pages_held(caches[True]), slabs
+    assert slabs > 1 or caches[True].pool.budget.capacity == pages_held(caches[True]), slabs
     assert caches[True].pages_in_use() == caches[False].pages_in_use() == pages_held(caches[True])
     for one, other in zip(caches[True].state().values(), caches[False].state().values(), strict=True):
         assert one.shape == other.shape

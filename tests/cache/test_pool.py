@@ -9,7 +9,7 @@ from spkv.cache.pool import PagePool
 
 
 def pool(slabs, pairs=4, head_size=8, dtype=torch.float32):
-    return PagePool(pairs, head_size, dtype, torch.device("cpu"), slabs)
+    return PagePool((2, pairs, head_size), dtype, torch.device("cpu"), slabs)
 
 
 @settings(max_examples=30)

@@ -113,6 +113,16 @@ def test_generate_takes_a_whole_model_a_file_and_a_threshold(run_json, base, ada
     assert strict["density"] < one["density"]
 
 
+def test_coded_pages_take_less_and_change_little(run_json, whole, text_file):
+    given = ("generate", whole, "--prompt", PROMPT, "--max-new-tokens", 8)
+    plain, coded = run_json(*given), run_json(*given, "--page-dtype", "int8")
+    assert coded["kept_fraction"] == pytest.approx(plain["kept_fraction"], rel=0.05)
+    evaluated = ("eval", whole, "--data", text_file, "--sequence-length", 64, "--policies", "spkv")
+    exact, rounded = (run_json(*evaluated, *more)[0] for more in ((), ("--page-dtype", "int8")))
+    assert rounded["loss"] != exact["loss"]
+    assert rounded["loss"] == pytest.approx(exact["loss"], rel=1e-2)
+
+
 def test_generate_dense_is_the_model_as_it_was(run_json, base, adapter, whole):
     given = ("--prompt", PROMPT, "--max-new-tokens", 8, "--dense")
     plain = run_json("generate", base, *given)
@@ -227,7 +237,7 @@ BAD = {
     ),
     "dense with threshold": (
         ["generate", "{whole}", "--prompt", "a", "--threshold", "0.5", "--dense"],
-        "--dense keeps every pair: it cannot be combined with --threshold",
+        "--dense keeps every pair as it is: it cannot be combined with --threshold or --page-dtype",
     ),
     "long prompt": (
         ["generate", "{whole}", "--prompt", "a" * 250, "--max-new-tokens", "7"],

@@ -57,6 +57,8 @@ def _wants_gradients(arguments: dict[str, Any]) -> str | None:
 
 
 def _other_layout(packed: PackedLayer) -> str | None:
+    if packed.coded is not None:
+        return "it does not read coded pages"
     lengths = packed.seen, packed.kept
     if packed.pool.stride(-1) != 1 or packed.table.stride(-1) != 1 or packed.ring_keep.stride(-1) != 1:
         return "it wants pool, table and ring_keep with a last stride of 1"
