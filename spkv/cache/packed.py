@@ -349,21 +349,21 @@ class PackedCache:
         `group` is the number of queries of a KV head.
         """
         B, Hkv, _, D = key.shape
-        slabs = self.slabs and self.codec is None
-        if self.slabs is None and self.codec is None:
+        slabs = self.slabs
+        if slabs is None:
+            reason = limits.model(D, group, key.dtype, key.device) or limits.codec(self.page_dtype, D)
             # Gradients want implementations that find pages by index.
-            triton = not torch.is_grad_enabled() and limits.model(D, group, key.dtype, key.device) is None
-            slabs = key.is_cuda and triton
+            slabs = key.is_cuda and reason is None and not torch.is_grad_enabled()
         shape, most = (2, self.page_size, D), self.max_memory
         if self.codec is None:
-            self.pool = self.kept_pool = PagePool(shape, key.dtype, key.device, bool(slabs), most)
+            self.pool = self.kept_pool = PagePool(shape, key.dtype, key.device, slabs, most)
         else:
             if reason := self.codec.obstacle(D):
                 raise ValueError(f"page_dtype={self.page_dtype!r}: {reason}")
             rings = self.layers * B * Hkv * self.ring_pages * shape[1] * 2 * D * key.element_size()
             coded = (self.codec.page_bytes(self.page_size, D),)
-            self.pool = PagePool(shape, key.dtype, key.device, False, None if most is None else min(most, rings))
-            self.kept_pool = PagePool(coded, torch.uint8, key.device, False, None if most is None else most - rings)
+            self.pool = PagePool(shape, key.dtype, key.device, slabs, None if most is None else min(most, rings))
+            self.kept_pool = PagePool(coded, torch.uint8, key.device, slabs, None if most is None else most - rings)
         self.table = torch.zeros(self.layers, B * Hkv, self.ring_pages, dtype=torch.int32, device=key.device)
         self.seen = torch.zeros(self.layers, B, dtype=torch.int32, device=key.device)
         self.kept = torch.zeros(self.layers, B * Hkv, dtype=torch.int32, device=key.device)

@@ -135,10 +135,14 @@ def obstacle(model: PreTrainedModel, attachment: Attachment) -> str | None:
         return "layers with a sliding window keep caches of transformers, whose shapes change at every token"
     if _is_sharded(model):
         return "the model is sharded over processes, which must take as many steps as each other"
-    config = decoder.config
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    reason = limits.model(head_size, config.num_attention_heads // decoder.kv_heads, model.dtype, model.device)
+    group = decoder.config.num_attention_heads // decoder.kv_heads
+    reason = limits.model(_head_size(attachment), group, model.dtype, model.device)
     return reason and f"Triton's kernels, which it needs, cannot run: {reason}"
+
+
+def _head_size(attachment: Attachment) -> int:
+    config = attachment.decoder.config
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _is_sharded(model: PreTrainedModel) -> bool:
@@ -183,8 +187,8 @@ def _decode(
             raise NotGraphableError("the cache given is none of spkv's")  # transformers' loop says what is wrong
         cache = attachment.new_cache()
     attachment.check_cache(cache)
-    if cache.packed.codec is not None:
-        raise NotGraphableError("Triton's kernels do not read coded pages")
+    if reason := limits.codec(cache.packed.page_dtype, _head_size(attachment)):
+        raise NotGraphableError(f"Triton's kernels, which it needs, cannot run: {reason}")
 
     prompt = input_ids.to(model.device)
     logits = _prefill(model, cache, prompt, model_kwargs.get("attention_mask"), generation_config)

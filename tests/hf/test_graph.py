@@ -174,14 +174,14 @@ def test_the_tokenizer_that_stop_strings_need_and_other_caches_are_left_to_trans
         looping.generate(prompt(looping), cache_implementation="static", **GREEDY)
 
 
-def test_coded_pages_are_for_a_new_cache_and_have_no_graph_yet(looping):
+def test_coded_pages_are_for_a_new_cache(looping):
     ids = prompt(looping)
-    with pytest.raises(graph.NotGraphableError, match="do not read coded pages"):
-        looping.generate(ids, cuda_graph=True, page_dtype="int8", **GREEDY)
-    out = looping.generate(ids, page_dtype="int8", return_dict_in_generate=True, **GREEDY)
-    assert out.past_key_values.packed.codec.name == "int8"
+    for page_dtype in ("int8", "fp8"):
+        graphed, eager = both(looping, ids, page_dtype=page_dtype, **GREEDY)
+        assert_same(graphed, eager)
+        assert graphed.past_key_values.packed.codec.name == page_dtype
     with pytest.raises(ValueError, match="page_dtype is for a new cache"):
-        looping.generate(ids, page_dtype="int8", past_key_values=out.past_key_values, **GREEDY)
+        looping.generate(ids, page_dtype="int8", past_key_values=graphed.past_key_values, **GREEDY)
     spkv.attachment(looping).page_dtype = "fp8"
     assert spkv.attachment(looping).new_cache().packed.codec.name == "fp8"
     assert spkv.attachment(looping).new_cache(page_dtype="int8").packed.codec.name == "int8"

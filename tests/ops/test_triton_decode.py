@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from spkv.cache.packed import PackedCache
 from spkv.ops import attention, reference
-from spkv.ops.packed import PackedLayer
+from spkv.ops.codec import codec
+from spkv.ops.packed import CodedPages, PackedLayer
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -49,9 +50,30 @@ def fill(seen, kept, *, Hkv, D, window, P=16, dtype=torch.float32, spare_pages=3
     return PackedLayer(pool, table, seen, kept, torch.zeros(C, window, dtype=torch.bool, device=DEVICE), window)
 
 
+def code(packed, name, spare_pages=3):
+    """The same chains with their kept pairs coded, in pages of their own in random order; unused slots hold NaN."""
+    P, D, ring_pages = packed.page_size, packed.pool.shape[-1], packed.ring_pages
+    column = torch.arange(packed.table.shape[1], device=DEVICE)
+    used = (column >= ring_pages) & (column < ring_pages + -(-packed.kept // P)[:, None])
+    count = int(used.sum())
+    ids = torch.randperm(count + spare_pages, device=DEVICE)[:count].int()
+    pool = torch.full((count + spare_pages, codec(name).page_bytes(P, D)), 255, dtype=torch.uint8, device=DEVICE)
+    coded = CodedPages(codec(name), pool)
+    codes, scales = coded.rows(P, D)
+    scales.fill_(float("nan"))
+    slot = torch.arange(packed.table.shape[1] * P, device=DEVICE) - ring_pages * P
+    chain, slot = ((slot >= 0) & (slot < packed.kept[:, None])).nonzero(as_tuple=True)
+    pairs = packed.pool[packed.table[chain, slot // P].long(), :, slot % P]
+    table = packed.table.clone()
+    table[used] = ids
+    page = table[chain, slot // P].long()
+    codes[page, :, slot % P], scales[page, :, slot % P] = codec(name).encode(pairs)
+    return dataclasses.replace(packed, table=table, coded=coded)
+
+
 def expected_and_error(query, packed, relative_error, **options):
     """The reference in float64, and the error of the same-precision reference against it."""
-    table = packed.table.where(packed.table < packed.pool.shape[0], 0)  # the reference looks at every page
+    table = packed.table.where(packed.table < 2**30, 0)  # the reference looks at every page
     exact = dataclasses.replace(packed, table=table, pool=packed.pool.double())
     wide = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     expected = reference.packed_decode(query.double(), exact, **wide)
@@ -94,6 +116,24 @@ def test_any_lengths_give_what_the_reference_gives(data, dtype, relative_error):
     for b in range(B):
         assert seen[b] > 0 or not actual[b].any()
     assert torch.equal(actual, decode_with(query, packed, Tile(slots), programs, **options))
+
+
+@settings(max_examples=12)
+@given(data=st.data())
+@pytest.mark.parametrize("name", ["int8", "fp8", "int4"])
+def test_coded_pages_give_what_the_reference_reads_from_them(data, name, relative_error):
+    B, Hkv, G = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2)), data.draw(st.sampled_from([1, 3]))
+    window, P = data.draw(st.integers(1, 40)), data.draw(st.sampled_from([4, 16]))
+    D = data.draw(st.sampled_from([64, 128] if name == "int4" else [4, 24, 64]))
+    dtype, programs = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from([1, 3, 5]))
+    torch.manual_seed(data.draw(st.integers(0, 999)))
+    seen = [data.draw(st.sampled_from([0, 7, window, 150])) for _ in range(B)]
+    kept = [round(max(0, seen[c // Hkv] - window) * float(torch.rand(()).round(decimals=1))) for c in range(B * Hkv)]
+    packed = code(fill(seen, kept, Hkv=Hkv, D=D, window=window, P=P, dtype=dtype), name)
+    query = torch.randn(B, Hkv * G, 1, D, device=DEVICE).to(dtype)
+    options = {"scale": D**-0.5, "softcap": data.draw(st.sampled_from([None, 2.0]))}
+    actual = decode_with(query, packed, Tile(16), programs, **options)
+    check(actual, query, packed, relative_error, **options)
 
 
 @pytest.mark.parametrize("D", [64, 96, 128, 256])

@@ -5,7 +5,8 @@ page, D head size, N slots in a tile, n programs; m, l, acc: maximum of the scor
 weighted sum of the values, the state of an online softmax.
 
 A chain's pairs are one list: entry i is slot i of the ring for i < min(seen, w), and the next slot of the kept pages
-after that. All chains' lists, cut into tiles of N entries, are one line of work; each of n programs takes an equal
+after that. (Coded pairs make a list of their own, so that a tile is coded or not.) All chains' lists, cut into tiles of
+N entries, are one line of work; each of n programs takes an equal
 piece of that line, wherever chains begin and end, so a dense chain is spread over many programs and a sparse one
 fills the gap beside its neighbour. A program finds its piece from the lengths on the device: the grid follows from
 shapes alone, nothing is planned on the host, and a captured CUDA graph stays right as lengths change.
@@ -25,6 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from spkv.ops.packed import PackedLayer
+from spkv.ops.triton import coded
+from spkv.ops.triton.coded import load_coded
 from spkv.ops.triton.launch import INTERPRETED, on_device_of, padded
 from spkv.ops.triton.primitives import LOG2_E, dot, tanh
 
@@ -117,6 +120,7 @@ def decode_with(
             query, pool, table, packed.seen, packed.kept, acc, m, l, span,
             C, packed.window, packed.ring_pages * packed.page_size, float(scale), float(softcap or 1.0),
             query.stride(0), query.stride(1), pool.stride(0), pool.stride(1), pool.stride(2), table.stride(0),
+            *coded.operands(packed), CODEC=coded.name(packed),
             Hkv=Hkv, G=G, D=D, P=packed.page_size, N=tile.slots, M=max(16, triton.next_power_of_2(G)),
             D_PAD=padded(D), SCANNED=min(_SCANNED, triton.next_power_of_2(C)), SOFTCAP=softcap is not None,
             UPCAST=INTERPRETED, num_warps=tile.warps, num_stages=tile.stages,
@@ -137,18 +141,42 @@ def _lengths(seen, kept, chain, C, window, Hkv: tl.constexpr):
 
 
 @triton.jit
-def _locate(tile, seen, kept, C, window, Hkv: tl.constexpr, N: tl.constexpr, SCANNED: tl.constexpr):
+def _tiles(ring, held, N: tl.constexpr, CODEC: tl.constexpr):
+    """Tiles of chains that hold `ring` and in all `held` pairs."""
+    if CODEC == "":
+        return tl.cdiv(held, N)
+    else:
+        return tl.cdiv(ring, N) + tl.cdiv(held - ring, N)
+
+
+@triton.jit
+def _locate(
+    tile, seen, kept, C, window, Hkv: tl.constexpr, N: tl.constexpr, SCANNED: tl.constexpr, CODEC: tl.constexpr
+):
     """The chain that tile number `tile` of the line of work belongs to, and the number of that chain's first tile."""
     chain, first, before = 0, 0, 0
     for start in range(0, C, SCANNED):
-        _, held = _lengths(seen, kept, start + tl.arange(0, SCANNED), C, window, Hkv)
-        tiles = tl.cdiv(held, N)
+        ring, held = _lengths(seen, kept, start + tl.arange(0, SCANNED), C, window, Hkv)
+        tiles = _tiles(ring, held, N, CODEC)
         ends = before + tl.cumsum(tiles, 0)
         passed = ends <= tile  # never a chain from C on: its end is the line's
         chain += tl.sum(passed.to(tl.int32), 0)
         first = tl.maximum(first, tl.max(tl.where(passed, ends, 0), 0))
         before += tl.sum(tiles, 0)
     return chain, first
+
+
+@triton.jit
+def _take(q, k, v, holds, m, total, acc, scale, softcap, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr):
+    """Take a tile of pairs [N, D_PAD] into the state of an online softmax. It holds one at least."""
+    s = dot(q, tl.trans(k), "ieee", UPCAST) * scale  # [M, N]
+    if SOFTCAP:
+        s = softcap * tanh(s / softcap)
+    s = tl.where(holds[None, :], s * LOG2_E, float("-inf"))
+    m_new = tl.maximum(m, tl.max(s, 1))
+    p = tl.exp2(s - m_new[:, None])
+    fade = tl.exp2(m - m_new)
+    return m_new, total * fade + tl.sum(p, 1), acc * fade[:, None] + dot(p.to(v.dtype), v, "ieee", UPCAST)
 
 
 # Neither lengths nor the alignment of one layer's rows of a table may ask for a compilation of their own.
@@ -160,6 +188,7 @@ def _attend(
     query, pool, table, seen, kept, acc_out, m_out, l_out, span,
     C, window, ring_slots, scale, softcap,
     query_stride_b, query_stride_h, pool_stride_page, pool_stride_half, pool_stride_slot, table_stride,
+    codes, numbers, page_bytes, CODEC: tl.constexpr,
     Hkv: tl.constexpr, G: tl.constexpr, D: tl.constexpr, P: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
     D_PAD: tl.constexpr, SCANNED: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -167,18 +196,18 @@ def _attend(
     program, programs = tl.program_id(0), tl.num_programs(0)
     total = 0
     for start in range(0, C, SCANNED):
-        _, held = _lengths(seen, kept, start + tl.arange(0, SCANNED), C, window, Hkv)
-        total += tl.sum(tl.cdiv(held, N), 0)
+        ring, held = _lengths(seen, kept, start + tl.arange(0, SCANNED), C, window, Hkv)
+        total += tl.sum(_tiles(ring, held, N, CODEC), 0)
     share = tl.cdiv(total, programs)
     begin = program * share
     left = tl.minimum(share, total - begin)  # tiles still to do; none, or fewer than none, past the end of the line
-    chain, first = _locate(begin, seen, kept, C, window, Hkv, N, SCANNED)
+    chain, first = _locate(begin, seen, kept, C, window, Hkv, N, SCANNED, CODEC)
     tile = begin - first
 
     g, d, n = tl.arange(0, M), tl.arange(0, D_PAD), tl.arange(0, N)
     while left > 0:
         ring, held = _lengths(seen, kept, chain, C, window, Hkv)
-        tiles = tl.cdiv(held, N)
+        tiles = _tiles(ring, held, N, CODEC)
         stop = tl.minimum(tiles, tile + left)
         b, h = (chain // Hkv).to(tl.int64), chain % Hkv
         q = tl.load(
@@ -190,9 +219,12 @@ def _attend(
         m = tl.full([M], float("-inf"), tl.float32)
         l = tl.zeros([M], tl.float32)  # noqa: E741
         acc = tl.zeros([M, D_PAD], tl.float32)
-        for t in range(tile, stop):
+        first_coded = stop  # of the chain's tiles
+        if CODEC != "":
+            first_coded = tl.minimum(stop, tl.maximum(tile, tl.cdiv(ring, N)))
+        for t in range(tile, first_coded):
             entry = t * N + n
-            holds = entry < held
+            holds = entry < (held if CODEC == "" else ring)
             slot = tl.where(entry < ring, entry, entry - ring + ring_slots)
             page = tl.load(chain_table + slot // P, mask=holds, other=0).to(tl.int64)
             pair = pool + (page * pool_stride_page + (slot % P) * pool_stride_slot)[:, None] + d[None, :]
@@ -200,17 +232,16 @@ def _attend(
             mask = holds[:, None] & (d[None, :] < D)
             k = tl.load(pair, mask=mask, other=0.0)  # [N, D_PAD]
             v = tl.load(pair + pool_stride_half, mask=mask, other=0.0)
-            s = dot(q, tl.trans(k), "ieee", UPCAST) * scale  # [M, N]
-            if SOFTCAP:
-                s = softcap * tanh(s / softcap)
-            s = tl.where(holds[None, :], s * LOG2_E, float("-inf"))
-            # A tile holds at least one pair, so the new maximum is finite.
-            m_new = tl.maximum(m, tl.max(s, 1))
-            p = tl.exp2(s - m_new[:, None])
-            fade = tl.exp2(m - m_new)
-            l = l * fade + tl.sum(p, 1)  # noqa: E741
-            acc = acc * fade[:, None] + dot(p.to(v.dtype), v, "ieee", UPCAST)
-            m = m_new
+            m, l, acc = _take(q, k, v, holds, m, l, acc, scale, softcap, SOFTCAP, UPCAST)  # noqa: E741
+        if CODEC != "":
+            for t in range(first_coded, stop):
+                entry = (t - tl.cdiv(ring, N)) * N + n
+                holds = entry < held - ring
+                page = tl.load(chain_table + (ring_slots + entry) // P, mask=holds, other=0).to(tl.int64)
+                k = load_coded(codes, numbers, page, entry % P, holds, page_bytes, N, D, D_PAD, P, CODEC).to(q.dtype)
+                v = load_coded(codes, numbers, page, P + entry % P, holds, page_bytes, N, D, D_PAD, P, CODEC)
+                v = v.to(q.dtype)
+                m, l, acc = _take(q, k, v, holds, m, l, acc, scale, softcap, SOFTCAP, UPCAST)  # noqa: E741
         row = (program + chain).to(tl.int64) * G + g
         tl.store(m_out + row, m, mask=g < G)
         tl.store(l_out + row, l, mask=g < G)

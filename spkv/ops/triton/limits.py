@@ -19,6 +19,7 @@ MAX_HEAD_SIZE = 256
 # What a program gets on the GPU that the tiles of `gated_attention` and `pruned_prefill` were chosen for, an H100.
 _TUNED_SHARED_MEMORY = 227 * 1024
 _DECODE_SHARED_MEMORY = 96 * 1024
+_CODED_DECODE_SHARED_MEMORY = 112 * 1024
 _MOST_QUERIES_OF_A_CHAIN = 32
 
 
@@ -34,6 +35,13 @@ def model(head_size: int, group: int, dtype: torch.dtype, device: torch.device) 
     return _needs_triton(torch.empty(1, 1, 1, head_size, dtype=dtype, device=device), _TUNED_SHARED_MEMORY)
 
 
+def codec(page_dtype: str | None, head_size: int) -> str | None:
+    """Why the kernels cannot read or write pages of this kind, or None."""
+    if page_dtype == "int4" and head_size & (head_size - 1):
+        return f"they take int4 at head sizes that are powers of two, not {head_size}"
+    return None
+
+
 def prefill(arguments: dict[str, Any]) -> str | None:
     past = arguments["past"]
     return attention(arguments) or _wants_gradients(arguments) or (None if past is None else _other_layout(past))
@@ -44,7 +52,8 @@ def decode(arguments: dict[str, Any]) -> str | None:
     group = query.shape[1] // packed.kv_heads
     if group > _MOST_QUERIES_OF_A_CHAIN:
         return f"it takes groups of up to {_MOST_QUERIES_OF_A_CHAIN} queries, not {group}"
-    return _needs_triton(query, _DECODE_SHARED_MEMORY) or _wants_gradients(arguments) or _other_layout(packed)
+    shared_memory = _DECODE_SHARED_MEMORY if packed.coded is None else _CODED_DECODE_SHARED_MEMORY
+    return _needs_triton(query, shared_memory) or _wants_gradients(arguments) or _other_layout(packed)
 
 
 def write(arguments: dict[str, Any]) -> str | None:
@@ -57,8 +66,8 @@ def _wants_gradients(arguments: dict[str, Any]) -> str | None:
 
 
 def _other_layout(packed: PackedLayer) -> str | None:
-    if packed.coded is not None:
-        return "it does not read coded pages"
+    if packed.coded is not None and (reason := codec(packed.coded.codec.name, packed.pool.shape[-1])):
+        return reason
     lengths = packed.seen, packed.kept
     if packed.pool.stride(-1) != 1 or packed.table.stride(-1) != 1 or packed.ring_keep.stride(-1) != 1:
         return "it wants pool, table and ring_keep with a last stride of 1"

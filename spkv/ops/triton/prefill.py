@@ -29,6 +29,8 @@ import triton.language as tl
 from torch import Tensor
 
 from spkv.ops.packed import PackedLayer
+from spkv.ops.triton import coded
+from spkv.ops.triton.coded import load_coded, rounded
 from spkv.ops.triton.launch import INTERPRETED, on_device_of, padded
 from spkv.ops.triton.limits import MAX_HEAD_SIZE
 from spkv.ops.triton.primitives import LOG2_E, dot, tanh
@@ -102,9 +104,10 @@ def pruned_prefill(
     tile = tile or choose_tile(query)
     if not query.numel():
         return torch.zeros_like(query)
+    codec = coded.name(past)
     if past is not None and not past.pool.shape[0]:
         past = None  # a cache that has no pages yet
-    recent = collect(key, value, keep, window=window, past=past, valid=valid)
+    recent = collect(key, value, keep, window=window, past=past, valid=valid, codec=codec)
     return attend(query, recent, tile, window=window, scale=scale, past=past, softcap=softcap, sinks=sinks)
 
 
@@ -125,8 +128,12 @@ def collect(
     window: int,
     past: PackedLayer | None,
     valid: Tensor | None,
+    codec: str = "",
 ) -> Recent:
-    """Bring a chunk's recent pairs together: those for the near walk, and the kept ones for the far walk."""
+    """Bring a chunk's recent pairs together: those for the near walk, and the kept ones for the far walk.
+
+    The latter are what is left of them once they are coded.
+    """
     B, Hkv, T, D = key.shape
     key, value = _rows_together(key), _rows_together(value)
     order = tokens = None
@@ -162,7 +169,7 @@ def collect(
                 *key.stride()[:3], *value.stride()[:3], *_page_strides(past),
                 B * Hkv, T, L, window, offset,
                 Hkv=Hkv, D=D, WIDTH=padded(D), P=1 if past is None else past.page_size, ROWS=rows,
-                num_warps=4,
+                CODEC=codec, num_warps=4,
             )  # fmt: skip
     return Recent(near_key, near_value, far_key, far_value, rank, offset, order, tokens)
 
@@ -197,7 +204,7 @@ def attend(
             *query.stride()[:3], *out.stride()[:3], *recent.key.stride()[:3], *recent.value.stride()[:3],
             *_page_strides(past), 0 if past is None else past.ring_pages,
             lanes, T, recent.rank.shape[1], min(window, recent.offset + T), recent.offset,
-            float(scale), float(softcap or 1.0),
+            float(scale), float(softcap or 1.0), *coded.operands(past), CODEC=coded.name(past),
             Hkv=Hkv, GROUP=group, HEADS=heads, D=D, WIDTH=padded(D), P=1 if past is None else past.page_size,
             M=tile.M, N=tile.N, STAGES=tile.stages, SOFTCAP=softcap is not None,
             # tf32 would cost float32 three digits; half precision does not look at this.
@@ -222,6 +229,7 @@ def _collect(
     key_b, key_h, key_t, value_b, value_h, value_t, pool_page, pool_half, pool_slot, table_c,
     chains, T, L, window, offset,
     Hkv: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
+    CODEC: tl.constexpr,
 ):  # fmt: skip
     """A block of one chain's recent pairs: each to its place for the near walk, kept ones to that for the far walk."""
     chain = (tl.program_id(0) % chains).to(tl.int64)
@@ -266,6 +274,9 @@ def _collect(
         tl.store(near_value + near, v, mask=here)
     far = (chain * L + kept_to - 1)[:, None] * D + d[None, :]
     moves = kept[:, None] & (d < D)[None, :]
+    if CODEC != "":  # queries past the window meet what the codes say
+        k = rounded(tl.where(moves, k, 0.0), ROWS, WIDTH, CODEC)
+        v = rounded(tl.where(moves, v, 0.0), ROWS, WIDTH, CODEC)
     tl.store(far_key + far, k, mask=moves)
     tl.store(far_value + far, v, mask=moves)
 
@@ -302,6 +313,7 @@ def _attend(
     query_b, query_h, query_t, out_b, out_h, out_t, key_b, key_h, key_t, value_b, value_h, value_t,
     pool_page, pool_half, pool_slot, table_c, ring_pages,
     lanes, T, L, window, offset, scale, softcap,
+    codes, numbers, page_bytes, CODEC: tl.constexpr,
     Hkv: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
     P: tl.constexpr, M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -391,7 +403,12 @@ def _attend(
                 index = tl.minimum(n_th + tl.where(near, near_start, 0), tl.where(near, near_end, far) - 1)
                 k_row = tl.where(near, near_key, far_key) + index.to(tl.int64) * tl.where(near, key_t, D)
                 v_row = tl.where(near, near_value, far_value) + index.to(tl.int64) * tl.where(near, value_t, D)
-            scores = dot(q, _load_rows(k_row, D, WIDTH).T, PRECISION, UPCAST)
+            if CODEC != "" and part < 2:
+                kept_row, every = slot % P, n_th >= 0
+                k = load_coded(codes, numbers, page, kept_row, every, page_bytes, N, D, WIDTH, P, CODEC).to(q.dtype)
+            else:
+                k = _load_rows(k_row, D, WIDTH)
+            scores = dot(q, k.T, PRECISION, UPCAST)
             if SOFTCAP:
                 scores = tanh(scores * (scale / softcap))
             if part == 1:
@@ -403,7 +420,10 @@ def _attend(
                 visible = (n_th[None, :] - begin[:, None]).to(tl.uint32) < size[:, None].to(tl.uint32)
                 scores = tl.where(visible, scores, float("-inf"))
             weights, rescale, top, total = _softmax_update(scores, factor, top, total)
-            v = _load_rows(v_row, D, WIDTH)
+            if CODEC != "" and part < 2:
+                v = load_coded(codes, numbers, page, P + kept_row, every, page_bytes, N, D, WIDTH, P, CODEC).to(q.dtype)
+            else:
+                v = _load_rows(v_row, D, WIDTH)
             acc = acc * rescale[:, None] + dot(weights.to(v.dtype), v, PRECISION, UPCAST)
 
     # A query sees itself, so the sum is positive in every row that is stored.

@@ -22,6 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from spkv.ops.packed import PackedLayer
+from spkv.ops.triton import coded
+from spkv.ops.triton.coded import store_coded
 from spkv.ops.triton.launch import on_device_of
 
 _TILE = 4096  # elements of keys that a program of the chunk's scatter moves
@@ -46,13 +48,15 @@ def write(packed: PackedLayer, key: Tensor, value: Tensor, keep: Tensor, valid: 
 def _write_token(packed: PackedLayer, key: Tensor, value: Tensor, keep: Tensor, valid: Tensor | None) -> None:
     B, Hkv, _, D = key.shape
     pool, table, ring_keep, free = packed.pool, packed.table, packed.ring_keep, packed.free
+    kept_free, kept_taken = _kept_stack(packed)
     _token[(B,)](
         key, value, keep, valid, pool, table, packed.seen, packed.kept, ring_keep, free, packed.taken,
-        packed.window, packed.ring_pages, 0 if free is None else free.numel(),
+        kept_free, kept_taken, *coded.operands(packed),
+        packed.window, packed.ring_pages, _size(free), _size(kept_free),
         key.stride(0), key.stride(1), keep.stride(0), keep.stride(1), 0 if valid is None else valid.stride(0),
         pool.stride(0), pool.stride(1), pool.stride(2), table.stride(0), ring_keep.stride(0),
         Hkv=Hkv, D=D, P=packed.page_size, HKV_PAD=triton.next_power_of_2(Hkv), D_PAD=triton.next_power_of_2(D),
-        num_warps=4,
+        CODEC=coded.name(packed), num_warps=4,
     )  # fmt: skip
 
 
@@ -71,24 +75,34 @@ def _write_chunk(packed: PackedLayer, key: Tensor, value: Tensor, keep: Tensor, 
     )  # fmt: skip
     ends = leaves.cumsum(1, dtype=torch.int32)  # [C, w + T], of a pair that leaves kept: its place at the end, plus 1
     enters = room = wanted = None
+    kept_free, kept_taken = _kept_stack(packed)
     if free is not None:
         enters = torch.empty(B, dtype=torch.int32, device=key.device)  # 1: the rings have their pages
         room = torch.empty(C, dtype=torch.int32, device=key.device)  # kept pairs that the chain has pages for
-        wanted = torch.empty(1, dtype=torch.int32, device=key.device)
+        wanted = torch.empty(2, dtype=torch.int32, device=key.device)  # from the ring's stack, from the kept pages'
         _hand_out[(C,)](
-            order, ends, seen, kept, table, free, packed.taken, enters, room, wanted,
-            C, T, w, packed.ring_pages, free.numel(), table.stride(0),
+            order, ends, seen, kept, table, free, packed.taken, kept_free, kept_taken, enters, room, wanted,
+            C, T, w, packed.ring_pages, free.numel(), _size(kept_free), table.stride(0),
             Hkv=Hkv, P=P, SCANNED=min(_SCANNED, triton.next_power_of_2(C)), FILLED=_FILLED, num_warps=4,
         )  # fmt: skip
     N = max(16, _TILE // D_PAD)
     _scatter[(C, triton.cdiv(T, N))](
         key, value, keep, valid, order, leaves, ends, pool, table, seen, kept, ring_keep, enters, room,
-        T, w, packed.ring_pages * P,
+        *coded.operands(packed), T, w, packed.ring_pages * P,
         key.stride(0), key.stride(1), key.stride(2), keep.stride(0), keep.stride(1), keep.stride(2), *_strides(valid),
         pool.stride(0), pool.stride(1), pool.stride(2), table.stride(0), ring_keep.stride(0),
-        Hkv=Hkv, D=D, P=P, N=N, D_PAD=D_PAD, num_warps=4,
+        Hkv=Hkv, D=D, P=P, N=N, D_PAD=D_PAD, CODEC=coded.name(packed), num_warps=4,
     )  # fmt: skip
-    _advance[(C,)](order, ends, seen, kept, packed.taken, enters, room, wanted, T, w, Hkv=Hkv, num_warps=1)
+    _advance[(C,)](order, ends, seen, kept, packed.taken, kept_taken, enters, room, wanted, T, w, Hkv=Hkv, num_warps=1)
+
+
+def _kept_stack(packed: PackedLayer) -> tuple[Tensor | None, Tensor | None]:
+    """The stack of pages for coded pairs and its count; None where kept pages come from the ring's stack."""
+    return (None, None) if packed.coded is None else (packed.coded.free, packed.coded.taken)
+
+
+def _size(free: Tensor | None) -> int:
+    return 0 if free is None else free.numel()
 
 
 def _strides(valid: Tensor | None) -> tuple[int, ...]:
@@ -97,20 +111,25 @@ def _strides(valid: Tensor | None) -> tuple[int, ...]:
 
 # Neither lengths nor the alignment of one layer's rows of a table may ask for a compilation of their own.
 _VARYING = (
-    "C", "T", "window", "ring_pages", "ring_slots", "free_pages", "key_stride_b", "key_stride_t", "keep_stride_b",
-    "keep_stride_h", "keep_stride_t", "valid_stride_b", "valid_stride_t", "table_stride", "ring_keep_stride",
+    "C", "T", "window", "ring_pages", "ring_slots", "free_pages", "kept_free_pages", "key_stride_b", "key_stride_t",
+    "keep_stride_b", "keep_stride_h", "keep_stride_t", "valid_stride_b", "valid_stride_t", "table_stride",
+    "ring_keep_stride",
 )  # fmt: skip
-_ANY_ALIGNMENT = ("keep", "valid", "table", "seen", "kept", "ring_keep", "free", "taken")
+_ANY_ALIGNMENT = (
+    "keep", "valid", "table", "seen", "kept", "ring_keep", "free", "taken", "kept_free", "kept_taken",
+)  # fmt: skip
 _kernel = triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 
 
 @_kernel
 def _token(
     key, value, keep, valid, pool, table, seen, kept, ring_keep, free, taken,
-    window, ring_pages, free_pages,
+    kept_free, kept_taken, codes, numbers, page_bytes,
+    window, ring_pages, free_pages, kept_free_pages,
     key_stride_b, key_stride_h, keep_stride_b, keep_stride_h, valid_stride_b,
     pool_stride_page, pool_stride_half, pool_stride_slot, table_stride, ring_keep_stride,
     Hkv: tl.constexpr, D: tl.constexpr, P: tl.constexpr, HKV_PAD: tl.constexpr, D_PAD: tl.constexpr,
+    CODEC: tl.constexpr,
 ):  # fmt: skip
     """One sequence, all its heads: they share `seen`, which must not move before the last of them has read it."""
     b = tl.program_id(0)
@@ -134,12 +153,19 @@ def _token(
         begins = heads & tl.where(filling, slot % P == 0, leaves & (end % P == 0))
         wanted = begins.to(tl.int32)
         total = tl.sum(wanted, 0)
-        first = tl.atomic_add(taken, total, mask=total > 0, sem="relaxed")
-        place = first + tl.cumsum(wanted, 0) - 1
-        gets = begins & (place < free_pages)
-        new_page = tl.load(free + place, mask=gets, other=0)
+        nth = tl.cumsum(wanted, 0) - 1
+        if kept_free is None:
+            place = tl.atomic_add(taken, total, mask=total > 0, sem="relaxed") + nth
+            gets = begins & (place < free_pages)
+            new_page = tl.load(free + place, mask=gets, other=0)
+        else:  # all heads fill their rings, or none does
+            ring_place = tl.atomic_add(taken, total, mask=(total > 0) & filling, sem="relaxed") + nth
+            kept_place = tl.atomic_add(kept_taken, total, mask=(total > 0) & (filling == 0), sem="relaxed") + nth
+            gets = begins & tl.where(filling, ring_place < free_pages, kept_place < kept_free_pages)
+            new_page = tl.load(free + ring_place, mask=gets & filling, other=0)
+            new_page += tl.load(kept_free + kept_place, mask=gets & (filling == 0), other=0)
         # Heads share `seen`: a token enters all rings, or none. A kept pair goes or stays for itself.
-        refused = tl.sum((begins & (place >= free_pages)).to(tl.int32), 0) > 0
+        refused = tl.sum((begins & (gets == 0)).to(tl.int32), 0) > 0
         heads = heads & ((position >= window) | (refused == 0))
         leaves = leaves & ((end % P != 0) | gets)
         begins = gets & heads
@@ -152,12 +178,18 @@ def _token(
     # The slot's pair leaves the window: if kept, it moves to the end of the chain.
     end_page = tl.load(row + ring_pages + end // P, mask=leaves & (begins == 0), other=0)
     end_page = tl.where(begins, new_page, end_page).to(tl.int64)
-    target = pool + (end_page * pool_stride_page + (end % P) * pool_stride_slot)[:, None] + d[None, :]
     moves = leaves[:, None] & (d[None, :] < D)
-    old_key = tl.load(pair, mask=moves)
-    old_value = tl.load(pair + pool_stride_half, mask=moves)
-    tl.store(target, old_key, mask=moves)
-    tl.store(target + pool_stride_half, old_value, mask=moves)
+    if CODEC == "":
+        target = pool + (end_page * pool_stride_page + (end % P) * pool_stride_slot)[:, None] + d[None, :]
+        old_key = tl.load(pair, mask=moves)
+        old_value = tl.load(pair + pool_stride_half, mask=moves)
+        tl.store(target, old_key, mask=moves)
+        tl.store(target + pool_stride_half, old_value, mask=moves)
+    else:
+        old_key = tl.load(pair, mask=moves, other=0.0)
+        old_value = tl.load(pair + pool_stride_half, mask=moves, other=0.0)
+        store_coded(codes, numbers, end_page, end % P, leaves, old_key, page_bytes, HKV_PAD, D, D_PAD, P, CODEC)
+        store_coded(codes, numbers, end_page, P + end % P, leaves, old_value, page_bytes, HKV_PAD, D, D_PAD, P, CODEC)
     # Every thread has read `seen`, `kept` and the old pair before any overwrites them.
     tl.debug_barrier()
 
@@ -238,8 +270,8 @@ def _fill(row, free, place, count, FILLED: tl.constexpr):
 
 @_kernel
 def _hand_out(
-    order, ends, seen, kept, table, free, taken, enters, room, wanted,
-    C, T, window, ring_pages, free_pages, table_stride,
+    order, ends, seen, kept, table, free, taken, kept_free, kept_taken, enters, room, wanted,
+    C, T, window, ring_pages, free_pages, kept_free_pages, table_stride,
     Hkv: tl.constexpr, P: tl.constexpr, SCANNED: tl.constexpr, FILLED: tl.constexpr,
 ):  # fmt: skip
     """One chain: its share of the stack, which goes first to all rings, then to the chains' ends, in order."""
@@ -259,13 +291,20 @@ def _hand_out(
     # Heads share `seen`: a sequence whose rings do not all get their pages takes nothing.
     enter = (ring_new == 0) | (first + ring_until <= free_pages)
     _fill(row + ring_held, free, first + ring_before, tl.where(enter, ring_new, 0), FILLED)
-    place = first + ring_all + kept_before
-    kept_new = tl.minimum(kept_new, tl.maximum(free_pages - place, 0))
-    _fill(row + ring_pages + kept_held, free, place, kept_new, FILLED)
+    if kept_free is None:
+        place = first + ring_all + kept_before
+        kept_new = tl.minimum(kept_new, tl.maximum(free_pages - place, 0))
+        _fill(row + ring_pages + kept_held, free, place, kept_new, FILLED)
+        ring_all += kept_all
+    else:
+        place = tl.load(kept_taken) + kept_before
+        kept_new = tl.minimum(kept_new, tl.maximum(kept_free_pages - place, 0))
+        _fill(row + ring_pages + kept_held, kept_free, place, kept_new, FILLED)
     tl.store(room + chain, (kept_held + kept_new) * P)
     tl.store(enters + chain // Hkv, enter.to(tl.int32), mask=chain % Hkv == 0)
     # Programs still read `taken`; it is advanced with the lengths.
-    tl.store(wanted, ring_all + kept_all, mask=chain == 0)
+    tl.store(wanted, ring_all, mask=chain == 0)
+    tl.store(wanted + 1, kept_all, mask=chain == 0)
 
 
 @triton.jit
@@ -278,11 +317,12 @@ def _pairs(pool, row, slot, mask, d, stride_page, stride_slot, P: tl.constexpr):
 @_kernel
 def _scatter(
     key, value, keep, valid, order, leaves, ends, pool, table, seen, kept, ring_keep, enters, room,
-    T, window, ring_slots,
+    codes, numbers, page_bytes, T, window, ring_slots,
     key_stride_b, key_stride_h, key_stride_t, keep_stride_b, keep_stride_h, keep_stride_t,
     valid_stride_b, valid_stride_t,
     pool_stride_page, pool_stride_half, pool_stride_slot, table_stride, ring_keep_stride,
     Hkv: tl.constexpr, D: tl.constexpr, P: tl.constexpr, N: tl.constexpr, D_PAD: tl.constexpr,
+    CODEC: tl.constexpr,
 ):  # fmt: skip
     """N tokens of a chain: the last w enter the ring, and what they displace leaves; earlier ones leave at once.
 
@@ -312,20 +352,35 @@ def _scatter(
         goes = goes & (new_end < space)
 
     ring_pair = _pairs(pool, row, ring_slot, moves, d, pool_stride_page, pool_stride_slot, P)
-    target = _pairs(pool, row, ring_slots + old_end, moves, d, pool_stride_page, pool_stride_slot, P)
     mask = moves[:, None] & (d[None, :] < D)
-    old_key = tl.load(ring_pair, mask=mask)
-    old_value = tl.load(ring_pair + pool_stride_half, mask=mask)
-    tl.store(target, old_key, mask=mask)
-    tl.store(target + pool_stride_half, old_value, mask=mask)
+    new = b * key_stride_b + h * key_stride_h + (t.to(tl.int64) * key_stride_t)[:, None] + d[None, :]
+    if CODEC == "":
+        target = _pairs(pool, row, ring_slots + old_end, moves, d, pool_stride_page, pool_stride_slot, P)
+        old_key = tl.load(ring_pair, mask=mask)
+        old_value = tl.load(ring_pair + pool_stride_half, mask=mask)
+        tl.store(target, old_key, mask=mask)
+        tl.store(target + pool_stride_half, old_value, mask=mask)
+    else:
+        # The old pair of a token that stays, or the token itself if it goes at once.
+        inside = goes[:, None] & (d[None, :] < D)
+        old_key = tl.load(ring_pair, mask=mask, other=0.0)
+        old_value = tl.load(ring_pair + pool_stride_half, mask=mask, other=0.0)
+        old_key = tl.where(inside, tl.load(key + new, mask=inside, other=0.0), old_key)
+        old_value = tl.where(inside, tl.load(value + new, mask=inside, other=0.0), old_value)
+        end_slot = ring_slots + tl.where(goes, new_end, old_end)
+        coded_page = tl.load(row + end_slot // P, mask=moves | goes, other=0).to(tl.int64)
+        offset = end_slot % P
+        store_coded(codes, numbers, coded_page, offset, moves | goes, old_key, page_bytes, N, D, D_PAD, P, CODEC)
+        store_coded(codes, numbers, coded_page, P + offset, moves | goes, old_value, page_bytes, N, D, D_PAD, P, CODEC)
     # Every thread has read the old pairs before any overwrites them.
     tl.debug_barrier()
 
     lands = stays | goes
+    if CODEC != "":
+        lands = stays
     slot = tl.where(stays, ring_slot, ring_slots + new_end)
     target = _pairs(pool, row, slot, lands, d, pool_stride_page, pool_stride_slot, P)
     mask = lands[:, None] & (d[None, :] < D)
-    new = b * key_stride_b + h * key_stride_h + (t.to(tl.int64) * key_stride_t)[:, None] + d[None, :]
     tl.store(target, tl.load(key + new, mask=mask), mask=mask)
     tl.store(target + pool_stride_half, tl.load(value + new, mask=mask), mask=mask)
     bits = keep + b * keep_stride_b + h * keep_stride_h + t.to(tl.int64) * keep_stride_t
@@ -333,8 +388,8 @@ def _scatter(
 
 
 @_kernel
-def _advance(order, ends, seen, kept, taken, enters, room, wanted, T, window, Hkv: tl.constexpr):
-    """One chain: its length, with the first head its sequence's, and with the first chain the stack's."""
+def _advance(order, ends, seen, kept, taken, kept_taken, enters, room, wanted, T, window, Hkv: tl.constexpr):
+    """One chain: its length, with the first head its sequence's, and with the first chain the stacks'."""
     chain = tl.program_id(0).to(tl.int64)
     b = chain // Hkv
     end = tl.load(kept + chain)
@@ -345,5 +400,7 @@ def _advance(order, ends, seen, kept, taken, enters, room, wanted, T, window, Hk
         n = tl.where(enter, n, 0)
         new_end = tl.where(enter, tl.minimum(new_end, tl.load(room + chain)), end)
         tl.store(taken, tl.load(taken) + tl.load(wanted), mask=chain == 0)
+        if kept_taken is not None:
+            tl.store(kept_taken, tl.load(kept_taken) + tl.load(wanted + 1), mask=chain == 0)
     tl.store(kept + chain, new_end)
     tl.store(seen + b, tl.load(seen + b) + n, mask=chain % Hkv == 0)
