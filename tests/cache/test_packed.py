@@ -416,6 +416,68 @@ def test_sequences_come_continue_and_go_at_any_time_and_no_page_leaks(data):
         assert cache.pages_in_use() == pages_held(cache)
 
 
+def soak(steps, device, page_dtype=None):
+    """Decode steps of sequences that come and go in eight places, each read in a chunk when it comes."""
+    layers, places, Hkv, T = 2, 8, 2, 40
+    text = Text(layers, places, Hkv, 1, T, 0.4, torch.float32, device, D=64)
+    cache = PackedCache(layers, Hkv, 16, 4, page_dtype=page_dtype)
+    cache.allocate(text.key[0])
+    lengths = [0] * places
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for step in range(steps):
+            b = int(torch.randint(places, (), generator=generator))
+            fate = float(torch.rand((), generator=generator))
+            if fate < 0.1 or lengths[b] > 300:
+                cache.drop([b])
+                lengths[b] = 0
+            elif fate < 0.2 and not lengths[b]:
+                lengths[b] = T
+                for layer in range(layers):
+                    chunk = [t[layer, b : b + 1] for t in (text.query, text.key, text.value, text.keep)]
+                    cache.attend(layer, *chunk, sequences=slice(b, b + 1))
+            cache.prepare(1)
+            running = torch.tensor([[n > 0] for n in lengths], device=device)
+            for layer in range(layers):
+                parts = (text.query, text.key, text.value, text.keep)
+                cache.attend(layer, *(t[layer, :, :, step % T, None] for t in parts), running)
+            lengths = [n + (n > 0) for n in lengths]
+            if step % 100 == 0 or step == steps - 1:
+                assert cache.seen.tolist() == [lengths] * layers
+                assert cache.pages_in_use() == int(cache._columns_in_use(list(range(places))).sum())
+                assert all(pool.budget.free <= pool.free_count() for pool in cache._pools())
+    cache.drop(list(range(places)))
+    assert cache.pages_in_use() == 0
+
+
+@pytest.mark.parametrize("page_dtype", [None, "int8"])
+def test_sequences_that_come_and_go_leak_no_page(page_dtype):
+    soak(300, "cpu", page_dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page_dtype", [None, "int8", "int4"])
+def test_sequences_that_come_and_go_for_30_thousand_steps_leak_no_page(page_dtype):
+    soak(30_000, "cuda", page_dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page_dtype", [None, "int8", "fp8", "int4"])
+def test_the_allocator_agrees_with_nbytes(page_dtype):
+    T, D = 8192, 128
+    text = Text(1, 1, 4, 1, T, 0.25, torch.bfloat16, "cuda", D=D)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    cache = PackedCache(1, 4, 128, page_dtype=page_dtype)
+    with torch.no_grad():
+        for start in range(0, T, 1024):
+            chunk = [t[0, :, :, start : start + 1024] for t in (text.query, text.key, text.value, text.keep)]
+            cache.attend(0, *chunk)
+    tensors = sum(len(pool._slabs) + 2 for pool in cache._pools()) + 4
+    # The allocator rounds each tensor up to 512 bytes.
+    assert 0 <= torch.cuda.memory_allocated() - before - cache.nbytes <= 512 * tensors
+
+
 def test_pairs_that_do_not_fit_are_refused():
     text = Text(1, 2, 2, 1, 8, 0.5)
     cache = PackedCache(1, 2, 4)
