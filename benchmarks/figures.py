@@ -2,7 +2,7 @@
 
 python -m benchmarks.figures
 
-The figure of the operators is drawn once `benchmarks.run` has left its rows there.
+The figures of operators and generation are drawn once `benchmarks.run` has left its rows there.
 """
 
 from __future__ import annotations
@@ -104,12 +104,45 @@ def _draw(axes: Axes, rows: Sequence[dict[str, Any]], x: str, y: str, colours: d
         axes.set_xticks(lengths, [f"{length // 1024}k" for length in lengths])
 
 
+def generation_figure(result: dict[str, Any]) -> Figure:
+    """Decode steps at 32,768 pairs: their time with its limit, and tokens a second in the same memory.
+
+    `result` is what `benchmarks.run --suite generate` writes.
+    """
+    rows = [r for r in result["rows"] if r["phase"] == "decode" and r["mode"] == "compiled" and not r["skewed"]]
+    rows = [r for r in rows if r["length"] == 32_768 and r["model"].startswith("Llama")]
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    title = f"{rows[0]['model']}, 32,768 pairs a sequence, {result['device']}, bfloat16"
+    figure.suptitle(title, fontsize="medium")
+    times, rates = figure.subplots(1, 2)
+
+    def label(row: dict[str, Any]) -> str:
+        return "dense" if row["implementation"] == "dense" else f"density {row['density']:.2f}"
+
+    steps = [r for r in rows if r["batch"] == 8]
+    limits = [r["milliseconds_per_step"] * r["percent_of_limit"] / 100 for r in steps]
+    names = [label(r) for r in steps]
+    times.bar(names, [r["milliseconds_per_step"] for r in steps], color="C0", label="a step")
+    times.bar(names, limits, width=0.4, color="C1", label="weights and held pairs at a copy's rate")
+    times.set(ylabel="milliseconds", title="8 sequences")
+    times.legend(fontsize="x-small")
+    full = [r for r in rows if r["iso_memory"]]
+    names = [f"{label(r)}: {r['batch']} sequences" for r in full]
+    rates.bar(names, [r["tokens_per_second"] for r in full], color=["grey", "C0"][: len(full)])
+    rates.set(ylabel="tokens / s", title="As many sequences as fit")
+    return figure
+
+
 def main() -> None:
     FIGURES.mkdir(parents=True, exist_ok=True)
     adapter_figure().savefig(FIGURES / "smollm2-adapter.png", dpi=130)
     ops = RESULTS / "ops.json"
     if ops.exists():
         ops_figure(json.loads(ops.read_text(encoding="utf-8"))).savefig(FIGURES / "ops.png", dpi=130)
+    generation = RESULTS / "generate.json"
+    if generation.exists():
+        figure = generation_figure(json.loads(generation.read_text(encoding="utf-8")))
+        figure.savefig(FIGURES / "generation.png", dpi=130)
 
 
 if __name__ == "__main__":
