@@ -204,7 +204,7 @@ class PackedCache:
         host; a captured CUDA graph can then be replayed as often.
 
         Returns:
-            The number of tokens prepared for, `tokens` at most: one where a bounded pool is nearly full.
+            The number of tokens prepared for, `tokens` at most: one where a bounded pool may be nearly full.
 
         Raises:
             PoolFullError: if not even the next token surely fits. Nothing has changed then.
@@ -268,6 +268,7 @@ class PackedCache:
         self._credit = [0] * self.layers
         # A sequence's first use keeps its pages, every further use copies them.
         repeated = [n for n, i in enumerate(wanted) if i in wanted[:n]]
+        self._bound(self.pool, self.kept_pool, len(wanted))
         used = {i: self._split(self._columns_in_use([i])) for i in {wanted[n] for n in repeated}}
         self._ask()
         for index, pool in enumerate(self._pools()):
@@ -300,6 +301,8 @@ class PackedCache:
             ids = self.table[mine]
             table[mine] = torch.arange(ids.numel(), dtype=table.dtype, device=table.device)
             state[name] = pool.gather(ids)
+        if self.page_dtype is not None:
+            state["codec"] = torch.tensor(list(self.page_dtype.encode()), dtype=torch.uint8)
         lengths = {name: getattr(self, name).clone() for name in ("seen", "kept", "ring_keep")}
         return state | {"table": table} | lengths
 
@@ -307,8 +310,8 @@ class PackedCache:
         """Take over a `state` of a cache of the same sizes.
 
         Raises:
-            ValueError: if the state is of a cache of other sizes.
-            PoolFullError: if it exceeds `max_memory`.
+            ValueError: if the state is of a cache of other sizes or another page_dtype, or `max_memory` holds no page.
+            PoolFullError: if it exceeds `max_memory`. The cache is empty then.
         """
         if not state:
             self.reset()
@@ -321,11 +324,11 @@ class PackedCache:
                 "the state has {} layers, {} KV heads, window {} and pages of {}; this cache has "
                 "{} layers, {} KV heads, window {} and pages of {}".format(*sizes, *own)
             )
-        if ("kept_pool" in state) != (self.codec is not None) or (
-            self.codec is not None
-            and state["kept_pool"].shape[1] != self.codec.page_bytes(self.page_size, state["pool"].shape[-1])
-        ):
-            raise ValueError(f"the state's kept pairs are coded in another way than page_dtype={self.page_dtype!r}")
+        coded = bytes(state["codec"].tolist()).decode() if "codec" in state else None
+        if coded != self.page_dtype:
+            raise ValueError(
+                f"the state's kept pairs are coded as {coded}, and this cache's page_dtype is {self.page_dtype}"
+            )
         self.reset()
         pages = state["pool"]
         self.allocate(pages.new_empty(state["seen"].shape[1], self.kv_heads, 0, pages.shape[-1]))
@@ -351,25 +354,33 @@ class PackedCache:
         B, Hkv, _, D = key.shape
         slabs = self.slabs
         if slabs is None:
-            reason = limits.model(D, group, key.dtype, key.device) or limits.codec(self.page_dtype, D)
+            reason = limits.model(D, group, key.dtype, key.device) or limits.codec(self.page_dtype, D, key.device)
             # Gradients want implementations that find pages by index.
             slabs = key.is_cuda and reason is None and not torch.is_grad_enabled()
-        shape, most = (2, self.page_size, D), self.max_memory
-        if self.codec is None:
-            self.pool = self.kept_pool = PagePool(shape, key.dtype, key.device, slabs, most)
-        else:
+        pool = kept_pool = PagePool((2, self.page_size, D), key.dtype, key.device, slabs)
+        if self.codec is not None:
             if reason := self.codec.obstacle(D):
                 raise ValueError(f"page_dtype={self.page_dtype!r}: {reason}")
-            rings = self.layers * B * Hkv * self.ring_pages * shape[1] * 2 * D * key.element_size()
-            coded = (self.codec.page_bytes(self.page_size, D),)
-            self.pool = PagePool(shape, key.dtype, key.device, slabs, None if most is None else min(most, rings))
-            self.kept_pool = PagePool(coded, torch.uint8, key.device, slabs, None if most is None else most - rings)
+            kept_pool = PagePool((self.codec.page_bytes(self.page_size, D),), torch.uint8, key.device, slabs)
+        self._bound(pool, kept_pool, B)
+        self.pool, self.kept_pool = pool, kept_pool
         self.table = torch.zeros(self.layers, B * Hkv, self.ring_pages, dtype=torch.int32, device=key.device)
         self.seen = torch.zeros(self.layers, B, dtype=torch.int32, device=key.device)
         self.kept = torch.zeros(self.layers, B * Hkv, dtype=torch.int32, device=key.device)
         self.ring_keep = torch.zeros(self.layers, B * Hkv, self.window, dtype=torch.bool, device=key.device)
         self.sequences = B
         self._moves += 1
+
+    def _bound(self, pool: PagePool, kept_pool: PagePool, sequences: int) -> None:
+        """Share `max_memory` between rings, which have a size, and coded pairs."""
+        if self.max_memory is None:
+            return
+        if kept_pool is pool:
+            pool.bound(self.max_memory)
+            return
+        rings = self.layers * sequences * self.kv_heads * self.ring_pages * pool.page_bytes
+        kept_pool.bound(self.max_memory - rings)
+        pool.bound(rings)
 
     def _rows(self, sequences: slice | None) -> range:
         rows = range(self.sequences)[slice(None) if sequences is None else sequences]

@@ -30,10 +30,6 @@ class PagePool:
         shape: of a page.
         dtype, device: of the pages.
         slabs: whether growth leaves old pages where they are.
-        max_bytes: that the pages may take at most, or None.
-
-    Raises:
-        ValueError: if `max_bytes` do not hold one page.
 
     Attributes:
         pages: [n, *shape]; with slabs, the first slab.
@@ -48,13 +44,10 @@ class PagePool:
         dtype: torch.dtype,
         device: torch.device,
         slabs: bool,
-        max_bytes: int | None = None,
     ):
         self.slabs = slabs
         self.pages = torch.empty(0, *shape, dtype=dtype, device=device)
-        if max_bytes is not None and max_bytes < self.page_bytes:
-            raise ValueError(f"max_memory={max_bytes} bytes do not hold one page")
-        self.budget = PageBudget(None if max_bytes is None else max_bytes // self.page_bytes)
+        self.budget = PageBudget()
         self.free = torch.empty(0, dtype=torch.int32, device=device)
         self.taken = torch.zeros(1, dtype=torch.int32, device=device)
         self.moves = 0  # how often a tensor that kernels are given was replaced
@@ -72,6 +65,16 @@ class PagePool:
     def free_count(self) -> int:
         """Free pages; waits for the device."""
         return self.free.numel() - int(self.taken)
+
+    def bound(self, max_bytes: int) -> None:
+        """Set the bytes that pages may take at most; those that they take already may stay.
+
+        Raises:
+            ValueError: if not one page fits.
+        """
+        if max_bytes < self.page_bytes:
+            raise ValueError(f"max_memory leaves {max(0, max_bytes)} bytes for pages of {self.page_bytes} bytes each")
+        self.budget.limit = max(max_bytes // self.page_bytes, self.budget.capacity)
 
     def in_use(self) -> int:
         """Pages that are not free; waits for the device."""
@@ -103,7 +106,7 @@ class PagePool:
             self.moves += 1
         self.budget.grow(count)
         if self.budget.capacity > self.free.numel():
-            # Twice as long, so that this is rare. An entry is a thousandth of a page.
+            # Twice as long, so that this is rare. An entry is a small fraction of a page.
             longer = self.free.new_empty(max(2 * self.free.numel(), self.budget.capacity, _LEAST_STACK))
             added = longer.numel() - self.free.numel()
             longer[added:] = self.free

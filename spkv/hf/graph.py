@@ -75,7 +75,8 @@ def generate(
             sampled decoding on CUDA, of a model all of whose attention is global.
         compile: also fuse the small operations of a step with torch.compile, which takes some seconds once in a
             process; see `compiled.py`. Needs the graph.
-        page_dtype: how the cache that this call makes codes kept pairs, as in `SPKVConfig`.
+        page_dtype: how the cache that this call makes codes kept pairs, as in `SPKVConfig`; None leaves it to the
+            attachment.
 
     Raises:
         NotGraphableError: if the graph was insisted on and cannot be used; a ValueError.
@@ -187,7 +188,7 @@ def _decode(
             raise NotGraphableError("the cache given is none of spkv's")  # transformers' loop says what is wrong
         cache = attachment.new_cache()
     attachment.check_cache(cache)
-    if reason := limits.codec(cache.packed.page_dtype, _head_size(attachment)):
+    if reason := limits.codec(cache.packed.page_dtype, _head_size(attachment), model.device):
         raise NotGraphableError(f"Triton's kernels, which it needs, cannot run: {reason}")
 
     prompt = input_ids.to(model.device)

@@ -22,6 +22,7 @@ from torch import Tensor
 from spkv.config import check_page_dtype
 
 _FP8_MAX = 448.0
+_FLOAT16_MAX = 65504.0
 _TINY = 2.0**-24  # the least float16 above 0: a row of zeros has a scale, too
 _GROUP = 32
 
@@ -60,18 +61,18 @@ class Codec:
         """Rows [..., D] -> codes [..., code_bytes] uint8 and scales [..., scales] float16."""
         rows = rows.float()
         if self.name == "int4":
-            groups = rows.unflatten(-1, (-1, _GROUP))
+            groups = rows.clamp(-_FLOAT16_MAX, _FLOAT16_MAX).unflatten(-1, (-1, _GROUP))
             least = groups.amin(-1, keepdim=True).half()
-            step = ((groups.amax(-1, keepdim=True) - least.float()) / 15).clamp_min(_TINY).half()
+            step = _ratio(groups.amax(-1, keepdim=True) - least.float(), 15.0).clamp_min(_TINY).half()
             codes = _nearest((groups - least.float()) / step.float()).clamp(0, 15).to(torch.uint8).flatten(-2)
             low, high = codes.chunk(2, -1)
             return low | (high << 4), torch.cat([step, least], -1).flatten(-2)
         most = rows.abs().amax(-1, keepdim=True)
         if self.name == "fp8":
-            scale = (most / _FP8_MAX).clamp_min(_TINY).half()
+            scale = _ratio(most, _FP8_MAX).clamp_min(_TINY).half()
             codes = (rows / scale.float()).clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn)
         else:
-            scale = (most / 127).clamp_min(_TINY).half()
+            scale = _ratio(most, 127.0).clamp_min(_TINY).half()
             codes = _nearest(rows / scale.float()).clamp(-127, 127).to(torch.int8)
         return codes.view(torch.uint8), scale
 
@@ -96,6 +97,11 @@ def codec(name: str) -> Codec:
     """The codec of one of `spkv.config.PAGE_DTYPES`; raises a ValueError for others."""
     check_page_dtype(name)
     return CODECS[name]
+
+
+def _ratio(numbers: Tensor, divisor: float) -> Tensor:
+    # On CUDA dividing by a Python number multiplies by its reciprocal, which rounds once more.
+    return numbers / torch.full_like(numbers, divisor)
 
 
 def _nearest(numbers: Tensor) -> Tensor:

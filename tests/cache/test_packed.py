@@ -183,7 +183,7 @@ def test_coded_pages_shrink_memory_and_wrong_ones_are_refused():
             for t in vars(owner).values()
             if isinstance(t, torch.Tensor)
         )
-    with pytest.raises(ValueError, match="coded in another way than page_dtype='int8'"):
+    with pytest.raises(ValueError, match="coded as int4, and this cache's page_dtype is int8"):
         PackedCache(1, 2, 128, page_dtype="int8").load_state(cache.state())
     with pytest.raises(ValueError, match="one of int8, fp8, int4, not 'int3'"):
         PackedCache(1, 2, 128, page_dtype="int3")
@@ -192,8 +192,16 @@ def test_coded_pages_shrink_memory_and_wrong_ones_are_refused():
     bounded = PackedCache(1, 2, 128, page_dtype="int4", max_memory=2 * 8 * 2 * 16 * D * 2 + 100 * 2560)
     with pytest.raises(PoolFullError, match="may hold 100 at most"):
         run(bounded, text, [[1024]] * 4, poisoned=False)
-    with pytest.raises(ValueError, match="do not hold one page"):
+    with pytest.raises(ValueError, match="max_memory leaves 0 bytes for pages of 2560"):
         run(PackedCache(1, 2, 128, page_dtype="int4", max_memory=1000), text, [[8]], poisoned=False)
+    other = PackedCache(1, 2, 128, page_dtype="fp8")
+    run(other, text, [[200]], poisoned=False)
+    with pytest.raises(ValueError, match="coded as fp8, and this cache's page_dtype is int8"):
+        PackedCache(1, 2, 128, page_dtype="int8").load_state(other.state())
+    more = PackedCache(1, 2, 128, page_dtype="int8", max_memory=3 * 2 * 8 * 2 * 16 * D * 2 + 60 * 4160)
+    run(more, text, [[300]], poisoned=False)
+    more.select(torch.tensor([0, 0, 0]))
+    assert more.pages_in_use() == int(more._columns_in_use([0, 1, 2]).sum())
 
 
 @settings(max_examples=25)
@@ -317,7 +325,7 @@ def test_a_full_pool_says_so_and_leaves_the_layer_as_it_was():
     with pytest.raises(PoolFullError, match="the pool may hold 10 at most; raise max_memory"):
         cache.attend(0, *(t[0, :, :, 36:60] for t in (text.query, text.key, text.value, text.keep)), scale=0.5)
     assert all(torch.equal(tensor, before[name]) for name, tensor in cache.state().items())
-    with pytest.raises(ValueError, match="max_memory=10 bytes do not hold one page"):
+    with pytest.raises(ValueError, match="max_memory leaves 10 bytes for pages of"):
         run(PackedCache(1, 1, 16, 4, max_memory=10), text, [[1]], poisoned=False)
 
 

@@ -53,6 +53,11 @@ def test_bytes_of_a_page(name, page_bytes):
     assert codec(name).page_bytes(16, 128) == page_bytes
 
 
+@pytest.mark.parametrize("name", sorted(CODECS))
+def test_numbers_beyond_float16_stay_finite(name):
+    assert CODECS[name].round(torch.tensor([[1e5, -7e4] * 32])).isfinite().all()
+
+
 def test_what_cannot_be_coded_is_named():
     with pytest.raises(ValueError, match="one of int8, fp8, int4, not 'int2'"):
         codec("int2")

@@ -17,6 +17,7 @@ from spkv.ops.packed import CodedPages, PackedLayer
 
 _TINY = tl.constexpr(2.0**-24)
 _FP8_MAX = tl.constexpr(448.0)
+_FLOAT16_MAX = tl.constexpr(65504.0)
 _TYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.uint8}
 
 
@@ -122,7 +123,7 @@ def _scaled(rows, CODEC: tl.constexpr):
 @triton.jit
 def _int4(rows, N: tl.constexpr, D_PAD: tl.constexpr):
     """Codes [N, D_PAD / 32, 32] as float32, and the steps and least values [N, D_PAD / 32] float16."""
-    groups = tl.reshape(rows.to(tl.float32), (N, D_PAD // 32, 32))
+    groups = tl.reshape(tl.clamp(rows.to(tl.float32), -_FLOAT16_MAX, _FLOAT16_MAX), (N, D_PAD // 32, 32))
     least = tl.min(groups, 2).to(tl.float16)
     above = tl.max(groups, 2) - least.to(tl.float32)
     step = tl.maximum(tl.div_rn(above, above * 0 + 15.0), _TINY).to(tl.float16)

@@ -35,8 +35,10 @@ def model(head_size: int, group: int, dtype: torch.dtype, device: torch.device) 
     return _needs_triton(torch.empty(1, 1, 1, head_size, dtype=dtype, device=device), _TUNED_SHARED_MEMORY)
 
 
-def codec(page_dtype: str | None, head_size: int) -> str | None:
+def codec(page_dtype: str | None, head_size: int, device: torch.device) -> str | None:
     """Why the kernels cannot read or write pages of this kind, or None."""
+    if page_dtype == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        return f"they take fp8 from compute capability 8.9 on, and {device} has less"
     if page_dtype == "int4" and head_size & (head_size - 1):
         return f"they take int4 at head sizes that are powers of two, not {head_size}"
     return None
@@ -66,7 +68,9 @@ def _wants_gradients(arguments: dict[str, Any]) -> str | None:
 
 
 def _other_layout(packed: PackedLayer) -> str | None:
-    if packed.coded is not None and (reason := codec(packed.coded.codec.name, packed.pool.shape[-1])):
+    if packed.coded is not None and (
+        reason := codec(packed.coded.codec.name, packed.pool.shape[-1], packed.pool.device)
+    ):
         return reason
     lengths = packed.seen, packed.kept
     if packed.pool.stride(-1) != 1 or packed.table.stride(-1) != 1 or packed.ring_keep.stride(-1) != 1:
