@@ -43,6 +43,7 @@ from benchmarks.ops_decode import head_densities
 from benchmarks.timing import measure_limits
 from spkv.checkpoint import resolve_model
 from spkv.hf.compiled import compiled_parts
+from spkv.hf.families import find_decoder
 from spkv.hf.graph import DecodeLoop
 
 Row = dict[str, Any]
@@ -275,24 +276,17 @@ def _weight_bytes(model: PreTrainedModel) -> int:
 
 
 def _dense_bytes(model: PreTrainedModel, pairs: int) -> int:
-    config = model.config
-    return 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * _head_size(model) * pairs
-
-
-def _head_size(model: PreTrainedModel) -> int:
-    return getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
+    decoder = find_decoder(model)
+    return 2 * 2 * len(decoder.attentions) * decoder.kv_heads * decoder.head_size * pairs
 
 
 class _FullCache:
     """Keys and values of every layer, [B, Hkv, L, D], for the hand-made dense step: the last place is overwritten."""
 
     def __init__(self, model: PreTrainedModel, batch: int, length: int) -> None:
-        config = model.config
-        shape = (2, batch, config.num_key_value_heads, length, _head_size(model))
-        self.layers = [
-            torch.empty(shape, dtype=model.dtype, device=model.device).normal_()
-            for _ in range(config.num_hidden_layers)
-        ]
+        decoder = find_decoder(model)
+        shape = (2, batch, decoder.kv_heads, length, decoder.head_size)
+        self.layers = [torch.empty(shape, dtype=model.dtype, device=model.device).normal_() for _ in decoder.attentions]
 
     def attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any

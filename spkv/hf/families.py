@@ -68,6 +68,10 @@ class Decoder:
     def kv_heads(self) -> int:
         return self.config.num_key_value_heads
 
+    @property
+    def head_size(self) -> int:
+        return getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
+
 
 def find_decoder(model: nn.Module) -> Decoder:
     """Find the decoder of a causal language model, also inside a PEFT model.

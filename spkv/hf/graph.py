@@ -117,7 +117,7 @@ def generate(
 
         try:
             return original(*args, custom_generate=loop, **kwargs)
-        except NotGraphableError as error:  # raised before anything was computed
+        except NotGraphableError as error:  # raised before anything was computed, unless the graph was insisted on
             reason = str(error)
     if cuda_graph or compile:
         asked = "cuda_graph=True" if cuda_graph else "compile=True"
@@ -137,13 +137,8 @@ def obstacle(model: PreTrainedModel, attachment: Attachment) -> str | None:
     if _is_sharded(model):
         return "the model is sharded over processes, which must take as many steps as each other"
     group = decoder.config.num_attention_heads // decoder.kv_heads
-    reason = limits.model(_head_size(attachment), group, model.dtype, model.device)
+    reason = limits.model(attachment.decoder.head_size, group, model.dtype, model.device)
     return reason and f"Triton's kernels, which it needs, cannot run: {reason}"
-
-
-def _head_size(attachment: Attachment) -> int:
-    config = attachment.decoder.config
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _is_sharded(model: PreTrainedModel) -> bool:
@@ -188,7 +183,7 @@ def _decode(
             raise NotGraphableError("the cache given is none of spkv's")  # transformers' loop says what is wrong
         cache = attachment.new_cache()
     attachment.check_cache(cache)
-    if reason := limits.codec(cache.packed.page_dtype, _head_size(attachment), model.device):
+    if reason := limits.codec(cache.packed.page_dtype, attachment.decoder.head_size, model.device):
         raise NotGraphableError(f"Triton's kernels, which it needs, cannot run: {reason}")
 
     prompt = input_ids.to(model.device)
