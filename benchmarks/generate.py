@@ -43,6 +43,7 @@ from benchmarks.ops_decode import head_densities
 from benchmarks.timing import measure_limits
 from spkv.checkpoint import resolve_model
 from spkv.hf.compiled import compiled_parts
+from spkv.hf.concurrent import concurrent_projections
 from spkv.hf.families import find_decoder
 from spkv.hf.graph import DecodeLoop
 
@@ -59,6 +60,7 @@ _QUICK_SHAPE = LlamaConfig(
 LENGTHS = (8192, 32_768, 131_072)
 _SKEWED = -1.0  # stands for the skewed densities of `ops_decode`
 DENSITIES = (0.25, _SKEWED, 0.10, 0.34)
+_CODED = ("int8", "fp8", "int4")  # beside bfloat16, at the first density and at lengths where the cache matters
 _FEW_AND_MANY = (3, 19)  # tokens of an eager measurement
 _STEPS = 162  # of a graph, ten blocks between captures
 _CHECKED = 24  # tokens compared between the graph and transformers' loop
@@ -122,7 +124,8 @@ def _random(options: argparse.Namespace, copy_rate: float) -> Iterator[Row]:
         for length in lengths:
             ids = torch.randint(1, model.config.vocab_size, (1, length), device=model.device)
             iso = budget if length == iso_length and density == DENSITIES[0] else None
-            for row in _spkv(model, name, ids, copy_rate, iso):
+            codings = (None, *_CODED) if density == DENSITIES[0] and length >= iso_length else (None,)
+            for row in (row for coding in codings for row in _spkv(model, name, ids, copy_rate, iso, coding)):
                 dense = reads.get(length) if row["phase"] == "prefill" else steps.get((row["batch"], length))
                 if row["iso_memory"]:
                     dense_rate = iso_batch / steps[iso_batch, length]
@@ -163,17 +166,23 @@ def _read_topics() -> list[int]:
 
 
 def _spkv(
-    model: PreTrainedModel, name: str, ids: Tensor, copy_rate: float, iso_budget: int | None = None
+    model: PreTrainedModel,
+    name: str,
+    ids: Tensor,
+    copy_rate: float,
+    iso_budget: int | None = None,
+    page_dtype: str | None = None,
 ) -> Iterator[Row]:
     """Prefill of one sequence, and decode steps of as many copies of it as fit; one row fills `iso_budget` bytes."""
     length = ids.shape[1]
-    cache = spkv.attachment(model).new_cache()
+    cache = spkv.attachment(model).new_cache(page_dtype=page_dtype)
     _read(model, cache, ids[:, :1024])  # compiles
     cache.reset()
     seconds = _seconds(lambda: _read(model, cache, ids))
     held = cache.nbytes
     row = _row(name, "spkv", "eager", "prefill", 1, length, cache.density(), 1e3 * seconds, kv_bytes=held)
-    yield row | _memory(cache)
+    coding = {} if page_dtype is None else {"page_dtype": page_dtype}
+    yield row | _memory(cache) | coding
     batches = [1, 8, 16] if iso_budget is None else [1, 8, 16, int(iso_budget / (held * 1.02))]
     for batch in batches:
         if torch.cuda.mem_get_info()[0] + _unused() + cache.nbytes < held * batch * 1.02 + _SPARE // 2:
@@ -185,12 +194,12 @@ def _spkv(
             _check(model, tokens, cache)
             tokens = torch.cat([tokens, tokens.new_ones(1, _CHECKED)], 1)
         for mode in ("compiled", "graph", "eager"):
-            if mode != "compiled" and (batch != 8 or length > 32_768):
+            if mode != "compiled" and (batch != 8 or length > 32_768 or page_dtype is not None):
                 continue
             step, tokens = (_eager_step if mode == "eager" else _graph_step)(model, tokens, cache, mode)
             row = _row(name, "spkv", mode, "decode", batch, length, cache.density(), step, kv_bytes=cache.nbytes)
             row["iso_memory"] = batch not in (1, 8, 16)
-            yield _with_limit(row, model, cache.kept_fraction() * cache.dense_nbytes, copy_rate) | _memory(cache)
+            yield _with_limit(row, model, _held_bytes(cache), copy_rate) | _memory(cache) | coding
     cache.reset()
     _free()
 
@@ -317,7 +326,7 @@ def _dense_step(model: PreTrainedModel, batch: int, length: int) -> float | None
 
     try:
         graph = torch.cuda.CUDAGraph()
-        with compiled_parts(model):
+        with compiled_parts(model), concurrent_projections(model):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -365,8 +374,20 @@ def _seconds(work: Callable[[], object]) -> float:
 
 def _memory(cache: Any) -> Row:
     """How close what is allocated comes to the pairs held."""
-    held = cache.kept_fraction() * cache.dense_nbytes
-    return {"allocated_over_held": cache.nbytes / held, "kept_fraction": cache.kept_fraction()}
+    return {
+        "allocated_over_held": cache.nbytes / _held_bytes(cache),
+        "kept_fraction": cache.kept_fraction(),
+        "times_smaller": cache.dense_nbytes / cache.nbytes,
+    }
+
+
+def _held_bytes(cache: Any) -> float:
+    """Bytes of the pairs held, as they are stored."""
+    packed = cache.packed
+    kept = int(packed.kept_pairs().sum())
+    in_window = int(packed.seen.clamp_max(packed.window).sum()) * packed.kv_heads
+    coded = {pool.page_bytes / packed.page_size for name, pool in packed.pools.items() if name is not None}
+    return in_window * packed.pair_bytes + kept * (coded.pop() if coded else packed.pair_bytes)
 
 
 def _row(

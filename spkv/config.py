@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 CONFIG_FILE = "spkv_config.json"
 PAGE_DTYPES = ("int8", "fp8", "int4")
+PageDtype = str | Sequence[str | None] | None
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class SPKVConfig:
         layers: indices of the layers that get a predictor; None takes every global attention layer.
         page_size: pairs in a page of the cache.
         page_dtype: one of `PAGE_DTYPES` codes kept pairs when they leave the window (see `spkv.ops.codec`); None keeps
-            them in the model's dtype.
+            them in the model's dtype; a sequence says it for each layer of the model.
     """
 
     window: int = 128
@@ -32,7 +34,7 @@ class SPKVConfig:
     initial_bias: float = 5.0
     layers: tuple[int, ...] | None = None
     page_size: int = 16
-    page_dtype: str | None = None
+    page_dtype: PageDtype = None
 
     def __post_init__(self) -> None:
         _check_positive_int("window", self.window)
@@ -47,7 +49,7 @@ class SPKVConfig:
                 raise ValueError(f"layers must be None or non-negative layer indices, not {self.layers!r}")
             object.__setattr__(self, "layers", tuple(sorted(set(layers))))
         _check_positive_int("page_size", self.page_size)
-        check_page_dtype(self.page_dtype)
+        object.__setattr__(self, "page_dtype", check_page_dtype(self.page_dtype))
 
     def replace(self, **changes: Any) -> SPKVConfig:
         """Return a copy with some fields changed, checked again."""
@@ -57,6 +59,8 @@ class SPKVConfig:
         """Return plain JSON values; `from_dict` is the inverse."""
         values = dataclasses.asdict(self)
         values["layers"] = None if self.layers is None else list(self.layers)
+        if isinstance(self.page_dtype, tuple):
+            values["page_dtype"] = list(self.page_dtype)
         return values
 
     @classmethod
@@ -74,11 +78,15 @@ class SPKVConfig:
         return cls(**{**values, "layers": None if layers is None else tuple(layers)})
 
 
-def check_page_dtype(page_dtype: str | None) -> str | None:
-    """Return `page_dtype` if it is None or one of `PAGE_DTYPES`, else raise a ValueError."""
+def check_page_dtype(page_dtype: PageDtype) -> str | tuple[str | None, ...] | None:
+    """Return `page_dtype`, None or one of `PAGE_DTYPES` or a sequence of them, else raise a ValueError."""
+    if isinstance(page_dtype, (list, tuple)):
+        for own in page_dtype:
+            check_page_dtype(own)
+        return tuple(page_dtype)
     if page_dtype is not None and page_dtype not in PAGE_DTYPES:
         raise ValueError(f"page_dtype must be None or one of {', '.join(PAGE_DTYPES)}, not {page_dtype!r}")
-    return page_dtype
+    return page_dtype  # type: ignore[return-value]
 
 
 def check_threshold(threshold: float) -> float:

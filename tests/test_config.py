@@ -11,6 +11,9 @@ from spkv.ops.codec import CODECS
 def test_every_page_dtype_has_a_codec():
     assert set(PAGE_DTYPES) == set(CODECS)
     assert SPKVConfig.from_dict(SPKVConfig(page_dtype="int4").to_dict()).page_dtype == "int4"
+    by_layer = SPKVConfig(page_dtype=["int4", None])
+    assert SPKVConfig.from_dict(by_layer.to_dict()) == by_layer
+    assert by_layer.page_dtype == ("int4", None)
 
 
 def test_a_config_survives_json():
@@ -24,6 +27,7 @@ def test_a_config_survives_json():
     ("fields", "error", "message"),
     [
         ({"window": 0}, ValueError, "window must be at least 1, not 0"),
+        ({"page_dtype": ["int8", "int3"]}, ValueError, "one of int8, fp8, int4, not 'int3'"),
         ({"page_dtype": "int3"}, ValueError, "page_dtype must be None or one of int8, fp8, int4, not 'int3'"),
         ({"window": 1.5}, TypeError, "window must be a whole number of at least 1, not 1.5"),
         ({"window": True}, TypeError, "not True"),

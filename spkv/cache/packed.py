@@ -2,29 +2,29 @@
 
 Legend: B sequences, H query heads, Hkv KV heads, C = B * Hkv chains, P pairs in a page, D head size, w window.
 
-`write` hands pages out on the device, so before it runs the pool must have enough of them and the table the columns
-for them. `_reserve` sees to that from bounds that the host knows, and waits for the device only when they do not
-suffice: in steady decoding once in P steps, for all layers together.
+`write` hands pages out on the device, so before it runs the pools must have enough of them and the table the columns
+for them: `reservation.py` sees to that.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spkv.cache.pages import PoolFullError
-from spkv.cache.pool import PagePool
+from spkv.cache.pages import MemoryBound, PoolFullError
+from spkv.cache.pool import PagePool, set_aside
+from spkv.cache.reservation import Reservation
+from spkv.config import PAGE_DTYPES, PageDtype, check_page_dtype
 from spkv.ops.attention import packed_decode, pruned_prefill, write
 from spkv.ops.codec import codec
 from spkv.ops.packed import CodedPages, PackedLayer
-from spkv.ops.reference import count_leaving
 from spkv.ops.triton import limits
 
+_PAGE_DTYPES = (None, *PAGE_DTYPES)
 # A table that is too narrow grows by at least this share.
 _WIDENING = 1 / 8
 
@@ -39,19 +39,18 @@ class PackedCache:
         page_size: P.
         max_memory: bytes that the pages may take at most; None for no bound.
         page_dtype: "int8", "fp8" or "int4" code pairs when they leave the window (see `spkv.ops.codec`), and keep
-            them in a pool of their own; None keeps them as they are.
+            them in a pool of their own; None keeps them as they are. A sequence has one of them for each layer.
         slabs: whether the pool grows in slabs that stay where they are, which only Triton's kernels can read; if not,
             it is copied when it grows, and the old pool stands beside the new one for a moment. None: where Triton's
             kernels run all operators.
 
     Attributes:
+        page_dtypes: the page_dtype of each layer.
         sequences: B; 0 until the first pairs tell it, with their dtype and device.
         moves: changes whenever a tensor that the operators are given was replaced; a CUDA graph captured before is
             of no use then.
     """
 
-    pool: PagePool  # of pages [2, P, D], for rings, and for kept pairs that are not coded
-    kept_pool: PagePool  # of pages of bytes, for coded pairs; `pool` itself if they are not
     table: Tensor  # [layers, C, columns] int32
     seen: Tensor  # [layers, B] int32
     kept: Tensor  # [layers, C] int32
@@ -64,24 +63,29 @@ class PackedCache:
         window: int,
         page_size: int = 16,
         max_memory: int | None = None,
-        page_dtype: str | None = None,
+        page_dtype: PageDtype = None,
         slabs: bool | None = None,
     ) -> None:
         self.layers, self.kv_heads, self.window, self.page_size = layers, kv_heads, window, page_size
-        self.max_memory, self.page_dtype, self.slabs = max_memory, page_dtype, slabs
-        self.codec = None if page_dtype is None else codec(page_dtype)
+        self.max_memory, self.page_dtype, self.slabs = max_memory, check_page_dtype(page_dtype), slabs
+        own = self.page_dtype
+        self.page_dtypes: tuple[str | None, ...] = own if isinstance(own, tuple) else (own,) * layers
+        if len(self.page_dtypes) != layers:
+            raise ValueError(f"page_dtype has {len(self.page_dtypes)} entries, and the cache has {layers} layers")
+        self._codecs = {name: codec(name) for name in self.page_dtypes if name is not None}
         self.ring_pages = -(-window // page_size)
         self._moves = 0
+        # By page_dtype. That of None, pages [2, P, D], holds the rings, too; the others hold pages of bytes.
+        self.pools: dict[str | None, PagePool] = {}
         self._forget()
 
     def _forget(self) -> None:
-        self._moves += 1 + sum(pool.moves for pool in self._pools())  # never again a number seen before
-        for name in ("pool", "kept_pool", "table", "seen", "kept", "ring_keep"):
+        self._moves = self.moves + 1  # never again a number seen before
+        self.pools = {}
+        for name in ("table", "seen", "kept", "ring_keep"):
             self.__dict__.pop(name, None)
         self.sequences = 0
-        # What the host knows, by layer: the least tokens that a sequence has seen, the most pairs that a chain has
-        # kept, and the single tokens for which pages were set aside.
-        self._seen_least, self._kept_most, self._credit = ([0] * self.layers for _ in range(3))
+        self._reservation = Reservation(self)
         self._incomplete: set[int] = set()  # sequences whose last pass failed half-way
 
     def __getstate__(self) -> dict[str, Any]:
@@ -97,12 +101,12 @@ class PackedCache:
 
     @property
     def moves(self) -> int:
-        return self._moves + sum(pool.moves for pool in self._pools())
+        return self._moves + sum(pool.moves for pool in self.pools.values())
 
-    def _pools(self) -> list[PagePool]:
-        if "pool" not in vars(self):
-            return []
-        return [self.pool] if self.kept_pool is self.pool else [self.pool, self.kept_pool]
+    @property
+    def pool(self) -> PagePool:
+        """The pages of rings, and of kept pairs that are not coded."""
+        return self.pools[None]
 
     def attend(
         self,
@@ -142,7 +146,7 @@ class PackedCache:
             if query.shape[2] > 1:
                 out = pruned_prefill(query, key, value, keep, window=self.window, past=packed, valid=valid, **options)
             moves = self.moves
-            self._reserve(layer, rows, keep, valid)
+            self._reservation.write(layer, rows, keep, valid)
             if self.moves != moves:
                 packed = self.layer(layer, rows)
         except (PoolFullError, torch.OutOfMemoryError):
@@ -158,6 +162,10 @@ class PackedCache:
         """
         rows = range(self.sequences) if rows is None else rows
         chains = slice(rows.start * self.kv_heads, rows.stop * self.kv_heads)
+        coded, page_dtype = None, self.page_dtypes[layer]
+        if page_dtype is not None:
+            kept = self.pools[page_dtype]
+            coded = CodedPages(self._codecs[page_dtype], kept.pages, kept.free, kept.taken)
         return PackedLayer(
             pool=self.pool.pages,
             table=self.table[layer, chains],
@@ -168,9 +176,7 @@ class PackedCache:
             free=self.pool.free,
             taken=self.pool.taken,
             scattered=self.pool.slabs,
-            coded=None
-            if self.codec is None
-            else CodedPages(self.codec, self.kept_pool.pages, self.kept_pool.free, self.kept_pool.taken),
+            coded=coded,
         )
 
     @property
@@ -179,7 +185,7 @@ class PackedCache:
         if not self.sequences:
             return 0
         tensors = (self.table, self.seen, self.kept, self.ring_keep)
-        pools = sum(pool.nbytes for pool in self._pools())
+        pools = sum(pool.nbytes for pool in self.pools.values())
         return pools + sum(t.numel() * t.element_size() for t in tensors)
 
     @property
@@ -189,7 +195,7 @@ class PackedCache:
 
     def pages_in_use(self) -> int:
         """Pages that are not free."""
-        return sum(pool.in_use() for pool in self._pools())
+        return sum(pool.in_use() for pool in self.pools.values())
 
     def kept_pairs(self) -> Tensor:
         """[layers, B, Hkv] int64: pairs kept past the window."""
@@ -210,39 +216,29 @@ class PackedCache:
             PoolFullError: if not even the next token surely fits. Nothing has changed then.
         """
         self._refuse_incomplete(range(self.sequences))
-        if min(self._credit) >= tokens:
-            return tokens
-        self._credit = [0] * self.layers
-        ahead = -(-tokens // self.page_size) * self.page_size
-        try:
-            self._provide(range(self.layers), self.sequences, ahead)
-        except PoolFullError:
-            ahead, whole = 1, self._all_layers()
-            keep = torch.zeros(whole.seen.shape[0], self.kv_heads, 1, dtype=torch.bool, device=self.table.device)
-            self._provide(range(self.layers), self.sequences, 1, lambda: self._needs(whole, keep, None))
-        self._credit = [ahead] * self.layers
-        return min(tokens, ahead)
-
-    def make_columns(self, tokens: int) -> None:
-        """Widen the table for so many tokens more, which saves a graph from being captured anew for each widening."""
-        self._ask()
-        self._widen(self._columns_for(max(self._kept_most) + tokens))
+        return self._reservation.tokens(tokens)
 
     def spend(self, tokens: int) -> None:
         """Every sequence has taken at most `tokens` single tokens in every layer, without `attend` (a CUDA graph)."""
-        for layer in range(self.layers):
-            self._credit[layer] -= tokens
-            self._kept_most[layer] += tokens
-            assert self._credit[layer] >= 0
+        self._reservation.spend(tokens)
 
-    @contextlib.contextmanager
+    def make_columns(self, tokens: int) -> None:
+        """Widen the table for so many tokens more, which saves a graph from being captured anew for each widening."""
+        self.widen(self._reservation.columns_for(tokens))
+
+    def widen(self, columns: int) -> None:
+        """Give the table at least so many columns."""
+        missing = columns - self.table.shape[2]
+        if missing > 0:
+            spare = int(self.table.shape[2] * _WIDENING)
+            self.table = torch.nn.functional.pad(self.table, (0, max(missing, spare)))
+            self._moves += 1
+
+    @contextmanager
     def uncounted(self) -> Iterator[None]:
         """Passes inside change nothing that the host knows: they run on the device only, when a graph is replayed."""
-        before = [*self._seen_least], [*self._kept_most], [*self._credit]
-        try:
+        with self._reservation.suspended():
             yield
-        finally:
-            self._seen_least, self._kept_most, self._credit = before
 
     def drop(self, sequences: list[int]) -> None:
         """Forget sequences and free their pages; the others go on, and new ones can take their places."""
@@ -255,7 +251,7 @@ class PackedCache:
             pool.give(table[mine])
         self.seen[:, sequences] = 0
         self.kept[:, self._chains(sequences)] = 0
-        self._seen_least, self._credit = [0] * self.layers, [0] * self.layers
+        self._reservation.dropped()
         self._incomplete.difference_update(sequences)
 
     def select(self, indices: Tensor) -> None:
@@ -265,14 +261,13 @@ class PackedCache:
         wanted: list[int] = indices.tolist()
         self._check_sequences(wanted)
         self.drop([i for i in range(self.sequences) if i not in wanted])
-        self._credit = [0] * self.layers
+        self._reservation.cancel()
         # A sequence's first use keeps its pages, every further use copies them.
         repeated = [n for n, i in enumerate(wanted) if i in wanted[:n]]
-        self._bound(self.pool, self.kept_pool, len(wanted))
         used = {i: self._split(self._columns_in_use([i])) for i in {wanted[n] for n in repeated}}
-        self._ask()
-        for index, pool in enumerate(self._pools()):
-            pool.set_aside(sum(int(used[wanted[n]][index][1].sum()) for n in repeated))
+        self._reservation.ask()
+        copies = [sum(int(used[wanted[n]][index][1].sum()) for n in repeated) for index in range(len(self.pools))]
+        set_aside(list(zip(self.pools.values(), copies, strict=True)))
         chains = self._chains(wanted)
         self.table, self.kept = self.table[:, chains], self.kept[:, chains]
         self.seen, self.ring_keep = self.seen[:, wanted], self.ring_keep[:, chains]
@@ -297,12 +292,11 @@ class PackedCache:
             return {}
         table, state = torch.zeros_like(self.table), {}
         used = self._columns_in_use(list(range(self.sequences)))
-        for name, (pool, mine) in zip(("pool", "kept_pool"), self._split(used), strict=False):
+        for name, (pool, mine) in zip(self.pools, self._split(used), strict=True):
             ids = self.table[mine]
             table[mine] = torch.arange(ids.numel(), dtype=table.dtype, device=table.device)
-            state[name] = pool.gather(ids)
-        if self.page_dtype is not None:
-            state["codec"] = torch.tensor(list(self.page_dtype.encode()), dtype=torch.uint8)
+            state[_state_name(name)] = pool.gather(ids)
+        state["page_dtypes"] = torch.tensor([_PAGE_DTYPES.index(name) for name in self.page_dtypes])
         lengths = {name: getattr(self, name).clone() for name in ("seen", "kept", "ring_keep")}
         return state | {"table": table} | lengths
 
@@ -324,11 +318,9 @@ class PackedCache:
                 "the state has {} layers, {} KV heads, window {} and pages of {}; this cache has "
                 "{} layers, {} KV heads, window {} and pages of {}".format(*sizes, *own)
             )
-        coded = bytes(state["codec"].tolist()).decode() if "codec" in state else None
-        if coded != self.page_dtype:
-            raise ValueError(
-                f"the state's kept pairs are coded as {coded}, and this cache's page_dtype is {self.page_dtype}"
-            )
+        coded = tuple(_PAGE_DTYPES[index] for index in state["page_dtypes"].tolist())
+        if coded != self.page_dtypes:
+            raise ValueError(f"the state's layers have page_dtypes {coded}, and those of this cache {self.page_dtypes}")
         self.reset()
         pages = state["pool"]
         self.allocate(pages.new_empty(state["seen"].shape[1], self.kv_heads, 0, pages.shape[-1]))
@@ -336,15 +328,16 @@ class PackedCache:
             setattr(self, name, state[name].clone())
         used = self._columns_in_use(list(range(self.sequences)))
         try:
-            for name, (pool, mine) in zip(("pool", "kept_pool"), self._split(used), strict=False):
-                pool.set_aside(state[name].shape[0])
-                ids = pool.take(state[name].shape[0])
-                pool.scatter(ids, state[name])
+            held = [state[_state_name(name)] for name in self.pools]
+            set_aside([(pool, pages.shape[0]) for pool, pages in zip(self.pools.values(), held, strict=True)])
+            for pages, (pool, mine) in zip(held, self._split(used), strict=True):
+                ids = pool.take(pages.shape[0])
+                pool.scatter(ids, pages)
                 self.table[mine] = ids[self.table[mine].long()]
         except PoolFullError:
             self.reset()
             raise
-        self._ask()
+        self._reservation.ask()
 
     def allocate(self, key: Tensor, group: int = 1) -> None:
         """Make the tensors, without pages, for sequences and pairs like those of key [B, Hkv, T, D].
@@ -354,33 +347,28 @@ class PackedCache:
         B, Hkv, _, D = key.shape
         slabs = self.slabs
         if slabs is None:
-            reason = limits.model(D, group, key.dtype, key.device) or limits.codec(self.page_dtype, D, key.device)
+            reasons = [limits.model(D, group, key.dtype, key.device)]
+            reasons += [limits.codec(name, D, key.device) for name in self._codecs]
             # Gradients want implementations that find pages by index.
-            slabs = key.is_cuda and reason is None and not torch.is_grad_enabled()
-        pool = kept_pool = PagePool((2, self.page_size, D), key.dtype, key.device, slabs)
-        if self.codec is not None:
-            if reason := self.codec.obstacle(D):
-                raise ValueError(f"page_dtype={self.page_dtype!r}: {reason}")
-            kept_pool = PagePool((self.codec.page_bytes(self.page_size, D),), torch.uint8, key.device, slabs)
-        self._bound(pool, kept_pool, B)
-        self.pool, self.kept_pool = pool, kept_pool
+            slabs = key.is_cuda and not any(reasons) and not torch.is_grad_enabled()
+        bound = MemoryBound(self.max_memory)
+        pools: dict[str | None, PagePool] = {
+            None: PagePool((2, self.page_size, D), key.dtype, key.device, slabs, bound)
+        }
+        for name, coded in self._codecs.items():
+            if reason := coded.obstacle(D):
+                raise ValueError(f"page_dtype={name!r}: {reason}")
+            pools[name] = PagePool((coded.page_bytes(self.page_size, D),), torch.uint8, key.device, slabs, bound)
+        largest = max(pool.page_bytes for pool in pools.values())
+        if self.max_memory is not None and self.max_memory < largest:
+            raise ValueError(f"max_memory is {self.max_memory} bytes, and a page takes {largest}")
+        self.pools = pools
         self.table = torch.zeros(self.layers, B * Hkv, self.ring_pages, dtype=torch.int32, device=key.device)
         self.seen = torch.zeros(self.layers, B, dtype=torch.int32, device=key.device)
         self.kept = torch.zeros(self.layers, B * Hkv, dtype=torch.int32, device=key.device)
         self.ring_keep = torch.zeros(self.layers, B * Hkv, self.window, dtype=torch.bool, device=key.device)
         self.sequences = B
         self._moves += 1
-
-    def _bound(self, pool: PagePool, kept_pool: PagePool, sequences: int) -> None:
-        """Share `max_memory` between rings, which have a size, and coded pairs."""
-        if self.max_memory is None:
-            return
-        if kept_pool is pool:
-            pool.bound(self.max_memory)
-            return
-        rings = self.layers * sequences * self.kv_heads * self.ring_pages * pool.page_bytes
-        kept_pool.bound(self.max_memory - rings)
-        pool.bound(rings)
 
     def _rows(self, sequences: slice | None) -> range:
         rows = range(self.sequences)[slice(None) if sequences is None else sequences]
@@ -413,119 +401,14 @@ class PackedCache:
         if any(not 0 <= i < self.sequences for i in sequences):
             raise ValueError(f"sequence indices must lie in 0 to {self.sequences - 1}, not {sequences}")
 
-    def _reserve(self, layer: int, rows: range, keep: Tensor, valid: Tensor | None) -> None:
-        """See to it that writing these tokens finds pages and columns."""
-        tokens = keep.shape[2]
-
-        def exact() -> tuple[int, int, int]:
-            return self._needs(self.layer(layer, rows), keep, valid)
-
-        if tokens > 1:
-            # What was set aside for single tokens was counted from another fill of the last pages.
-            self._credit = [0] * self.layers
-            self._provide([layer], len(rows), tokens, exact)
-        elif not self._credit[layer]:
-            try:
-                self._provide([layer], self.sequences, self.page_size)
-                self._credit[layer] = self.page_size
-            except PoolFullError:
-                self._provide([layer], len(rows), 1, exact)
-                self._credit[layer] = 1
-        if tokens == 1:
-            self._credit[layer] -= 1
-        self._kept_most[layer] += tokens
-        if valid is None and len(rows) == self.sequences:
-            self._seen_least[layer] += tokens
-
-    def _provide(
-        self,
-        layers: Sequence[int],
-        sequences: int,
-        tokens: int,
-        exact: Callable[[], tuple[int, int, int]] | None = None,
-    ) -> None:
-        """Set pages aside for so many tokens more in each chain of these layers and sequences, and widen the table.
-
-        `exact` tells the pages and the longest chain, for when the bounds are more than there is.
-        """
-        for attempt in range(2):
-            if attempt:
-                self._ask()
-            most = [self._most_pages(layer, sequences, tokens) for layer in layers]
-            ring, kept = (sum(pages) for pages in zip(*most, strict=True)) if most else (0, 0)
-            columns = self._columns_for(max((self._kept_most[layer] for layer in layers), default=0) + tokens)
-            if columns <= self.table.shape[2] and all(n <= pool.budget.free for pool, n in self._shares(ring, kept)):
-                break
-        else:
-            if exact is not None:
-                ring, kept, longest = exact()
-                columns = self._columns_for(longest)
-        for pool, pages in self._shares(ring, kept):
-            pool.set_aside(pages)
-        self._widen(columns)
-
-    def _shares(self, ring: int, kept: int) -> list[tuple[PagePool, int]]:
-        """Which pool gives pages of rings and kept ones."""
-        return [(self.pool, ring + kept)] if self.codec is None else [(self.pool, ring), (self.kept_pool, kept)]
-
     def _split(self, used: Tensor) -> list[tuple[PagePool, Tensor]]:
-        """Entries of the table [..., columns] bool, by the pool that their pages are of."""
-        if self.codec is None:
-            return [(self.pool, used)]
+        """Entries of the table [layers, chains, columns] bool, by the pool that their pages are of."""
         in_ring = torch.arange(used.shape[-1], device=used.device) < self.ring_pages
-        return [(self.pool, used & in_ring), (self.kept_pool, used & ~in_ring)]
-
-    def _widen(self, columns: int) -> None:
-        missing = columns - self.table.shape[2]
-        if missing > 0:
-            spare = int(self.table.shape[2] * _WIDENING)
-            self.table = torch.nn.functional.pad(self.table, (0, max(missing, spare)))
-            self._moves += 1
-
-    def _most_pages(self, layer: int, sequences: int, tokens: int) -> tuple[int, int]:
-        """Ring and kept pages that so many tokens more can take in one layer: ceil(a + b) <= ceil(a) + ceil(b)."""
-        kept = -(-tokens // self.page_size)
-        ring = min(kept, self.ring_pages) if self._seen_least[layer] < self.window else 0
-        chains = sequences * self.kv_heads
-        return chains * ring, chains * kept
-
-    def _columns_for(self, kept: int) -> int:
-        return self.ring_pages - (-kept // self.page_size)
-
-    def _ask(self) -> None:
-        """Read lengths and free pages from the device."""
-        pools = self._pools()
-        lengths = torch.cat([*(pool.taken for pool in pools), self.seen.amin(1), self.kept.amax(1)]).tolist()
-        taken, lengths = lengths[: len(pools)], lengths[len(pools) :]
-        self._seen_least, self._kept_most = lengths[: self.layers], lengths[self.layers :]
-        # Pages set aside and not yet taken are none to set aside again.
-        promised = [self._most_pages(i, self.sequences, n) for i, n in enumerate(self._credit) if n]
-        shares = self._shares(sum(p[0] for p in promised), sum(p[1] for p in promised))
-        for (pool, pages), gone in zip(shares, taken, strict=True):
-            pool.budget.learn(max(0, pool.free.numel() - gone - pages))
-
-    def _needs(self, packed: PackedLayer, keep: Tensor, valid: Tensor | None) -> tuple[int, int, int]:
-        """Ring and kept pages that writing these tokens takes, and pairs of the then longest chain.
-
-        Waits for the device.
-        """
-        P = self.page_size
-        arriving = torch.full_like(packed.seen, keep.shape[2]) if valid is None else valid.sum(1).to(packed.seen)
-        ring_have, ring_need = (-(-n.clamp_max(self.window) // P) for n in (packed.seen, packed.seen + arriving))
-        kept = packed.kept + count_leaving(packed, keep, valid)
-        new = (ring_need - ring_have).sum() * self.kv_heads, (-(-kept // P) + (-packed.kept // P)).sum()
-        ring_pages, kept_pages, longest = torch.stack([*new, kept.max()]).tolist()
-        return ring_pages, kept_pages, longest
-
-    def _all_layers(self) -> PackedLayer:
-        """All layers as one: their sequences side by side."""
-        return dataclasses.replace(
-            self.layer(0),
-            table=self.table.flatten(0, 1),
-            seen=self.seen.flatten(),
-            kept=self.kept.flatten(),
-            ring_keep=self.ring_keep.flatten(0, 1),
-        )
+        parts = []
+        for name, pool in self.pools.items():
+            coded_so = torch.tensor([own == name for own in self.page_dtypes], device=used.device)[:, None, None]
+            parts.append((pool, used & (coded_so | in_ring if name is None else coded_so & ~in_ring)))
+        return parts
 
     def _chains(self, sequences: list[int]) -> list[int]:
         return [b * self.kv_heads + h for b in sequences for h in range(self.kv_heads)]
@@ -537,3 +420,7 @@ class PackedCache:
         kept = -(-self.kept[:, self._chains(sequences)] // self.page_size)
         in_ring = column < ring.repeat_interleave(self.kv_heads, 1)[..., None]
         return in_ring | ((column >= self.ring_pages) & (column < self.ring_pages + kept[..., None]))
+
+
+def _state_name(page_dtype: str | None) -> str:
+    return "pool" if page_dtype is None else f"pool_{page_dtype}"

@@ -5,10 +5,12 @@ Legend: n pages.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from spkv.cache.pages import PageBudget
+from spkv.cache.pages import MemoryBound, PageBudget, plan_growth
 
 # A full pool grows by at least this share. Small, since unused pages count as allocated memory.
 _GROWTH = 1 / 64
@@ -30,6 +32,7 @@ class PagePool:
         shape: of a page.
         dtype, device: of the pages.
         slabs: whether growth leaves old pages where they are.
+        bound: on the bytes of the pages, shared with other pools; None for none.
 
     Attributes:
         pages: [n, *shape]; with slabs, the first slab.
@@ -44,10 +47,11 @@ class PagePool:
         dtype: torch.dtype,
         device: torch.device,
         slabs: bool,
+        bound: MemoryBound | None = None,
     ):
         self.slabs = slabs
         self.pages = torch.empty(0, *shape, dtype=dtype, device=device)
-        self.budget = PageBudget()
+        self.budget = PageBudget(self.page_bytes, bound)
         self.free = torch.empty(0, dtype=torch.int32, device=device)
         self.taken = torch.zeros(1, dtype=torch.int32, device=device)
         self.moves = 0  # how often a tensor that kernels are given was replaced
@@ -66,33 +70,15 @@ class PagePool:
         """Free pages; waits for the device."""
         return self.free.numel() - int(self.taken)
 
-    def bound(self, max_bytes: int) -> None:
-        """Set the bytes that pages may take at most; those that they take already may stay.
-
-        Raises:
-            ValueError: if not one page fits.
-        """
-        if max_bytes < self.page_bytes:
-            raise ValueError(f"max_memory leaves {max(0, max_bytes)} bytes for pages of {self.page_bytes} bytes each")
-        self.budget.limit = max(max_bytes // self.page_bytes, self.budget.capacity)
-
     def in_use(self) -> int:
         """Pages that are not free; waits for the device."""
         return self.budget.capacity - self.free_count()
 
-    def set_aside(self, count: int) -> None:
-        """Spend pages, growing by what is missing, or somewhat more.
-
-        Raises:
-            PoolFullError: if the limit does not allow it.
-        """
-        if self.budget.spend(count):
-            return
+    def usual_growth(self) -> int:
+        """Pages that a full pool grows by if it can."""
         capacity = self.budget.capacity
         least = min(_LEAST_SLAB // self.page_bytes, capacity // 16) if self.slabs else 0
-        self.grow(self.budget.growth(count, max(int(capacity * _GROWTH), least)))
-        spent = self.budget.spend(count)
-        assert spent
+        return max(int(capacity * _GROWTH), least)
 
     def grow(self, count: int) -> None:
         """Add `count` free pages."""
@@ -165,3 +151,16 @@ class PagePool:
 
     def _allocate(self, count: int) -> Tensor:
         return self.pages.new_empty(count, *self.pages.shape[1:])
+
+
+def set_aside(shares: Sequence[tuple[PagePool, int]]) -> None:
+    """Set pages of pools that share a bound aside, all or none, growing them by what is missing or somewhat more.
+
+    Raises:
+        PoolFullError: if the bound does not allow it.
+    """
+    growth = plan_growth([(pool.budget, count, pool.usual_growth()) for pool, count in shares])
+    for (pool, count), added in zip(shares, growth, strict=True):
+        if added:
+            pool.grow(added)
+        pool.budget.spend(count)

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from spkv.config import SPKVConfig, check_threshold
+from spkv.config import PageDtype, SPKVConfig, check_threshold
 from spkv.gates import Gate, ThresholdGate
 from spkv.hf import forward, graph
 from spkv.hf.cache import SPKVCache
@@ -54,7 +54,7 @@ class Attachment:
         self.gate: Gate = ThresholdGate(config.threshold)
         self.oracle = False
         self.max_memory: int | None = None
-        self.page_dtype = config.page_dtype
+        self.page_dtype: PageDtype = config.page_dtype
         self.suspended = False
         self.context: forward.ForwardContext | None = None  # of the pass under way, where keywords do not carry it
         self._record: Record | None = None
@@ -95,7 +95,7 @@ class Attachment:
         finally:
             self._record = before
 
-    def new_cache(self, max_memory: int | None = None, page_dtype: str | None = None) -> SPKVCache:
+    def new_cache(self, max_memory: int | None = None, page_dtype: PageDtype = None) -> SPKVCache:
         """An empty cache for this model; what is None is taken from the attachment."""
         return SPKVCache(
             self.decoder,

@@ -12,6 +12,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
 from spkv.cache.packed import PackedCache
+from spkv.config import PageDtype
 from spkv.hf.families import Decoder
 
 
@@ -79,7 +80,10 @@ class SPKVCache(Cache):
         decoder: the attached model's decoder (`spkv.attachment(model).decoder`).
         window, page_size: as in `SPKVConfig`.
         max_memory: bytes that the pages may take at most; None for no bound.
-        page_dtype: as in `SPKVConfig`.
+        page_dtype: as in `SPKVConfig`; those of local layers are not used.
+
+    Raises:
+        ValueError: for a sequence of page_dtypes that has not one for each layer.
     """
 
     def __init__(
@@ -88,9 +92,15 @@ class SPKVCache(Cache):
         window: int,
         page_size: int = 16,
         max_memory: int | None = None,
-        page_dtype: str | None = None,
+        page_dtype: PageDtype = None,
     ):
         self.global_layers, self._config = decoder.global_layers, decoder.config
+        if isinstance(page_dtype, (list, tuple)):
+            if len(page_dtype) != len(decoder.attentions):
+                raise ValueError(
+                    f"page_dtype has {len(page_dtype)} entries, and the model has {len(decoder.attentions)} layers"
+                )
+            page_dtype = [page_dtype[layer] for layer in self.global_layers]
         super().__init__(layers=self._new_layers())
         self.packed = PackedCache(len(self.global_layers), decoder.kv_heads, window, page_size, max_memory, page_dtype)
         self.window = window

@@ -2,7 +2,8 @@
 
 A step of a stock model is some forty kernels a layer, most of them a few elements wide: norms, rotary embedding,
 activations, predictors. Compiling them one by one, not the model as a whole, takes seconds instead of minutes, since
-all layers share the same four functions, and it leaves attention, cache and hooks as they are.
+all layers share the same three functions, and it leaves attention, cache and hooks as they are. MLPs are left alone:
+`concurrent.py` runs their halves side by side, which saves more than a fused activation.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def compiled_parts(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the norms, MLPs, predictors and rotary embeddings of a causal LM run compiled.
+    """Inside, the norms, predictors and rotary embeddings of a causal LM run compiled.
 
     Nothing else may use a model of the same family meanwhile: rotary embedding is a function of its module.
     """
@@ -53,9 +54,8 @@ def compiled_parts(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _is_part(module: nn.Module) -> bool:
-    """A norm, a plain MLP or a predictor whose forward pass is its class's."""
+    """A norm or a predictor whose forward pass is its class's."""
     if "forward" in vars(module):
         return False
-    name = type(module).__name__
-    is_norm = "Norm" in name and not any(True for _ in module.children())
-    return is_norm or name.endswith("MLP") or isinstance(module, UtilityPredictor)
+    is_norm = "Norm" in type(module).__name__ and not any(True for _ in module.children())
+    return is_norm or isinstance(module, UtilityPredictor)

@@ -40,6 +40,7 @@ class ForwardContext:
         segment_ids: [B, T], or None; set without a cache only.
         record: where utilities go, or None.
         utility: [B, Hkv, T], once the attention's pre-hook has run.
+        keep: [B, Hkv, T] bool, what a hard gate makes of it where there is a cache.
     """
 
     attachment: Attachment
@@ -50,6 +51,7 @@ class ForwardContext:
     segment_ids: Tensor | None
     record: Record | None
     utility: Tensor | None = None
+    keep: Tensor | None = None
 
 
 def mask(original: str, *args: Any, local_size: int | None = None, **kwargs: Any) -> Any:
@@ -194,7 +196,12 @@ def attention_pre_hook(found: Attachment, module: Any, args: tuple[Any, ...], kw
     utility = module.utility_predictor(args[0] if args else kwargs["hidden_states"])
     if context.record is not None:
         context.record.utilities[module.layer_idx] = utility
-    return args, {**kwargs, _KEYWORD: dataclasses.replace(context, utility=utility)}
+    keep = None
+    if context.cache is not None:
+        # Here and not where it is needed: in a captured graph this runs beside the projections.
+        assert isinstance(context.gate, HardGate)  # or there would be no cache
+        keep = context.gate.keep(utility, layer=module.layer_idx, position=context.position)
+    return args, {**kwargs, _KEYWORD: dataclasses.replace(context, utility=utility, keep=keep)}
 
 
 def attention(
@@ -224,7 +231,7 @@ def attention(
         utility, gate = query.new_ones(key.shape[:3], dtype=torch.float32), OpenGate()
     if spkv.cache is not None:
         assert isinstance(gate, HardGate)  # or there would be no cache
-        keep = gate.keep(utility, layer=layer, position=spkv.position)
+        keep = gate.keep(utility, layer=layer, position=spkv.position) if spkv.keep is None else spkv.keep
         out = spkv.cache.attend(layer, query, key, value, keep, spkv.valid, **options)
     elif (
         isinstance(gate, HardGate)

@@ -34,8 +34,10 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from spkv.cache.pages import PoolFullError
+from spkv.config import PageDtype
 from spkv.hf.cache import SPKVCache
 from spkv.hf.compiled import compiled_parts
+from spkv.hf.concurrent import concurrent_projections
 from spkv.ops.triton import limits
 
 if TYPE_CHECKING:
@@ -61,7 +63,7 @@ def generate(
     *args: Any,
     cuda_graph: bool | None = None,
     compile: bool = False,
-    page_dtype: str | None = None,
+    page_dtype: PageDtype = None,
     **kwargs: Any,
 ) -> Any:
     """`model.generate()` of an attached model: transformers' own, decoding with a CUDA graph where one can be used.
@@ -183,8 +185,9 @@ def _decode(
             raise NotGraphableError("the cache given is none of spkv's")  # transformers' loop says what is wrong
         cache = attachment.new_cache()
     attachment.check_cache(cache)
-    if reason := limits.codec(cache.packed.page_dtype, attachment.decoder.head_size, model.device):
-        raise NotGraphableError(f"Triton's kernels, which it needs, cannot run: {reason}")
+    for page_dtype in set(cache.packed.page_dtypes):
+        if reason := limits.codec(page_dtype, attachment.decoder.head_size, model.device):
+            raise NotGraphableError(f"Triton's kernels, which it needs, cannot run: {reason}")
 
     prompt = input_ids.to(model.device)
     logits = _prefill(model, cache, prompt, model_kwargs.get("attention_mask"), generation_config)
@@ -378,7 +381,12 @@ class DecodeLoop:
         device = self.model.device
         active, random_state = self.active.clone(), torch.cuda.get_rng_state(device)
         graph = torch.cuda.CUDAGraph()
-        with compiled_parts(self.model) if self.compile else contextlib.nullcontext():
+        # Before what runs beside it: the predictor's chain of small kernels is longer than a projection.
+        first = torch.cuda.Stream(device, priority=-1)
+        with contextlib.ExitStack() as around:
+            if self.compile:
+                around.enter_context(compiled_parts(self.model))
+            around.enter_context(concurrent_projections(self.model))
             # Two runs without a sequence to continue change nothing, but compile kernels and make workspaces.
             self.active.zero_()
             side = torch.cuda.Stream(device)
@@ -391,7 +399,7 @@ class DecodeLoop:
             torch.cuda.set_rng_state(random_state, device)
             try:
                 # The outer context brings the stream back where a capture that fails does not.
-                with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
+                with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, stream=first):
                     step()
             except torch.OutOfMemoryError:
                 raise

@@ -1,0 +1,191 @@
+"""Seeing to it that `write` finds pages and columns, which are handed out on the device.
+
+Bounds that the host knows suffice mostly: the pages that so many tokens can take at most. It waits for the device
+only when they do not: in steady decoding once in P steps, for all layers together.
+
+Legend: B sequences, Hkv KV heads, P pairs in a page, w window.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from spkv.cache.pages import PoolFullError
+from spkv.cache.pool import PagePool, set_aside
+from spkv.ops.packed import PackedLayer
+from spkv.ops.reference import count_leaving
+
+if TYPE_CHECKING:
+    from spkv.cache.packed import PackedCache
+
+# Pages of rings and kept pages that each of some layers needs, by layer.
+_Needs = Iterable[tuple[int, int, int]]
+
+
+class Reservation:
+    """What was set aside for the passes to come, and what the host knows of lengths meanwhile.
+
+    Attributes:
+        seen_least: by layer, the least tokens that a sequence has seen.
+        kept_most: by layer, the most pairs that a chain has kept.
+        credit: by layer, single tokens of all sequences for which pages are set aside.
+    """
+
+    def __init__(self, cache: PackedCache) -> None:
+        self.cache = cache
+        self.seen_least, self.kept_most, self.credit = ([0] * cache.layers for _ in range(3))
+
+    def write(self, layer: int, rows: range, keep: Tensor, valid: Tensor | None) -> None:
+        """Provide for a pass of one layer over a range of sequences: keep [B, Hkv, T], valid [B, T] or None."""
+        tokens, page_size = keep.shape[2], self.cache.page_size
+
+        def exact() -> tuple[_Needs, int]:
+            return self._count([layer], rows, keep, valid)
+
+        if tokens > 1:
+            self.cancel()  # it was counted from another fill of the last pages
+            self._provide([layer], len(rows), tokens, exact)
+        elif not self.credit[layer]:
+            try:
+                self._provide([layer], self.cache.sequences, page_size)
+                self.credit[layer] = page_size
+            except PoolFullError:
+                self._provide([layer], len(rows), 1, exact)
+                self.credit[layer] = 1
+        if tokens == 1:
+            self.credit[layer] -= 1
+        self.kept_most[layer] += tokens
+        if valid is None and len(rows) == self.cache.sequences:
+            self.seen_least[layer] += tokens
+
+    def tokens(self, tokens: int) -> int:
+        """Provide for single tokens of all sequences and layers; see `PackedCache.prepare`."""
+        cache = self.cache
+        if min(self.credit) >= tokens:
+            return tokens
+        self.cancel()
+        ahead = -(-tokens // cache.page_size) * cache.page_size
+        layers = range(cache.layers)
+        try:
+            self._provide(layers, cache.sequences, ahead)
+        except PoolFullError:
+            ahead = 1
+            keep = torch.zeros(cache.sequences, cache.kv_heads, 1, dtype=torch.bool, device=cache.table.device)
+            self._provide(layers, cache.sequences, 1, lambda: self._count(layers, range(cache.sequences), keep, None))
+        self.credit = [ahead] * cache.layers
+        return min(tokens, ahead)
+
+    def spend(self, tokens: int) -> None:
+        """Every sequence has taken at most `tokens` single tokens in every layer."""
+        for layer in range(self.cache.layers):
+            self.credit[layer] -= tokens
+            self.kept_most[layer] += tokens
+            assert self.credit[layer] >= 0
+
+    def cancel(self) -> None:
+        """Forget what was set aside: its pages are free, and counted so when the device is asked next."""
+        self.credit = [0] * self.cache.layers
+
+    def dropped(self) -> None:
+        """Some sequences are empty now."""
+        self.seen_least = [0] * self.cache.layers
+        self.cancel()
+
+    def columns_for(self, tokens: int) -> int:
+        """Columns that the table needs for so many tokens more in every chain. Waits for the device."""
+        self.ask()
+        return self._columns(max(self.kept_most) + tokens)
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Nothing that happens inside counts."""
+        before = [*self.seen_least], [*self.kept_most], [*self.credit]
+        try:
+            yield
+        finally:
+            self.seen_least, self.kept_most, self.credit = before
+
+    def ask(self) -> None:
+        """Read lengths and free pages from the device."""
+        cache, pools = self.cache, list(self.cache.pools.values())
+        lengths = torch.cat([*(pool.taken for pool in pools), cache.seen.amin(1), cache.kept.amax(1)]).tolist()
+        taken, lengths = lengths[: len(pools)], lengths[len(pools) :]
+        self.seen_least, self.kept_most = lengths[: cache.layers], lengths[cache.layers :]
+        # Pages set aside and not yet taken are none to set aside again.
+        promised = [(i, *self._most_pages(i, cache.sequences, n)) for i, n in enumerate(self.credit)]
+        for (pool, pages), gone in zip(self._shares(promised), taken, strict=True):
+            pool.budget.learn(max(0, pool.free.numel() - gone - pages))
+
+    def _provide(
+        self, layers: Sequence[int], sequences: int, tokens: int, exact: Callable[[], tuple[_Needs, int]] | None = None
+    ) -> None:
+        """Set pages aside for so many tokens more in each chain of these layers and sequences, and widen the table.
+
+        `exact` tells the pages and the longest chain, for when the bounds are more than there is.
+        """
+        for attempt in range(2):
+            if attempt:
+                self.ask()
+            shares = self._shares((layer, *self._most_pages(layer, sequences, tokens)) for layer in layers)
+            columns = self._columns(max((self.kept_most[layer] for layer in layers), default=0) + tokens)
+            if columns <= self.cache.table.shape[2] and all(pages <= pool.budget.free for pool, pages in shares):
+                break
+        else:
+            if exact is not None:
+                needs, longest = exact()
+                shares, columns = self._shares(needs), self._columns(longest)
+        set_aside(shares)
+        self.cache.widen(columns)
+
+    def _shares(self, needs: _Needs) -> list[tuple[PagePool, int]]:
+        """How many pages each pool must give."""
+        pages = dict.fromkeys(self.cache.pools, 0)
+        for layer, ring, kept in needs:
+            pages[None] += ring
+            pages[self.cache.page_dtypes[layer]] += kept
+        return [(self.cache.pools[name], count) for name, count in pages.items()]
+
+    def _most_pages(self, layer: int, sequences: int, tokens: int) -> tuple[int, int]:
+        """Ring and kept pages that so many tokens more can take in one layer: ceil(a + b) <= ceil(a) + ceil(b)."""
+        cache = self.cache
+        kept = -(-tokens // cache.page_size)
+        ring = min(kept, cache.ring_pages) if self.seen_least[layer] < cache.window else 0
+        chains = sequences * cache.kv_heads
+        return chains * ring, chains * kept
+
+    def _columns(self, kept: int) -> int:
+        return self.cache.ring_pages - (-kept // self.cache.page_size)
+
+    def _count(self, layers: Sequence[int], rows: range, keep: Tensor, valid: Tensor | None) -> tuple[_Needs, int]:
+        """Pages that writing these tokens to each of the layers takes, and pairs of the then longest chain.
+
+        Waits for the device.
+        """
+        cache, P = self.cache, self.cache.page_size
+        packed = _side_by_side([cache.layer(layer, rows) for layer in layers])
+        keep = keep.repeat(len(layers), 1, 1)
+        valid = None if valid is None else valid.repeat(len(layers), 1)
+        arriving = torch.full_like(packed.seen, keep.shape[2]) if valid is None else valid.sum(1).to(packed.seen)
+        ring_have, ring_need = (-(-n.clamp_max(cache.window) // P) for n in (packed.seen, packed.seen + arriving))
+        kept = packed.kept + count_leaving(packed, keep, valid)
+        ring = (ring_need - ring_have) * cache.kv_heads
+        by_layer = (n.view(len(layers), -1).sum(1) for n in (ring, -(-kept // P) + (-packed.kept // P)))
+        *counts, longest = torch.cat([*by_layer, kept.max()[None]]).tolist()
+        return list(zip(layers, counts[: len(layers)], counts[len(layers) :], strict=True)), longest
+
+
+def _side_by_side(layers: list[PackedLayer]) -> PackedLayer:
+    """Layers as one, with the sequences of all."""
+
+    def join(name: str) -> Tensor:
+        return torch.cat([getattr(layer, name) for layer in layers])
+
+    return dataclasses.replace(
+        layers[0], table=join("table"), seen=join("seen"), kept=join("kept"), ring_keep=join("ring_keep")
+    )
