@@ -350,7 +350,7 @@ class PackedCache:
             reasons = [limits.model(D, group, key.dtype, key.device)]
             reasons += [limits.codec(name, D, key.device) for name in self._codecs]
             # Gradients want implementations that find pages by index.
-            slabs = key.is_cuda and not any(reasons) and not torch.is_grad_enabled()
+            slabs = key.is_cuda and not any(reasons) and not (torch.is_grad_enabled() and key.requires_grad)
         bound = MemoryBound(self.max_memory)
         pools: dict[str | None, PagePool] = {
             None: PagePool((2, self.page_size, D), key.dtype, key.device, slabs, bound)

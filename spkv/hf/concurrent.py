@@ -18,24 +18,25 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-# Children that a module calls with the input that it was given itself.
-_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# Children that a module calls with the input that it was given itself, and with something else to run beside them:
+# the predictor, the MLP's gate.
+_ASIDE = (("q_proj", "k_proj", "v_proj"), ("up_proj",))
 
 
 @contextlib.contextmanager
 def concurrent_projections(model: PreTrainedModel) -> Iterator[None]:
     """Inside, projections of one input run on streams of their own; for a step that is captured, on CUDA."""
-    streams = [torch.cuda.Stream(model.device) for _ in range(max(map(len, _SIBLINGS)))]
+    streams = [torch.cuda.Stream(model.device) for _ in range(max(map(len, _ASIDE)))]
     with contextlib.ExitStack() as undo:
         for module in list(model.modules()):
-            for names in _SIBLINGS:
+            for names in _ASIDE:
                 projections = [getattr(module, name, None) for name in names]
                 if all(isinstance(projection, nn.Module) for projection in projections):
-                    undo.enter_context(_Siblings(projections, streams).beside_each_other(module))
+                    undo.enter_context(_Branches(projections, streams).beside_each_other(module))
         yield
 
 
-class _Siblings:
+class _Branches:
     """Projections that are begun when their parent is called, and joined where it calls them."""
 
     def __init__(self, projections: list[Any], streams: list[torch.cuda.Stream]) -> None:

@@ -158,6 +158,7 @@ class Never(StoppingCriteria):
 )
 def test_what_no_graph_can_do_is_done_eagerly_or_refused(looping, options, reason):
     ids = prompt(looping)
+    options = {name: value.to(ids.device) if torch.is_tensor(value) else value for name, value in options.items()}
     with pytest.raises(graph.NotGraphableError, match=f"cannot be used: .*{reason}"):
         looping.generate(ids, cuda_graph=True, **GREEDY, **options)
     left_to_choose = looping.generate(ids, **GREEDY, **options)
