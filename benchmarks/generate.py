@@ -174,7 +174,7 @@ def _spkv(
     """Prefill of one sequence, and decode steps of as many copies of it as fit; one row fills `iso_budget` bytes."""
     length = ids.shape[1]
     cache = spkv.attachment(model).new_cache(page_dtype=page_dtype)
-    _read(model, cache, ids[:, :1024])  # compiles
+    _read(model, cache, ids[:, :_PREFILL])  # compiles
     cache.reset()
     seconds = _seconds(lambda: _read(model, cache, ids))
     held = cache.nbytes
@@ -369,7 +369,7 @@ def _dense_prefill(model: PreTrainedModel, length: int) -> float | None:
         model(input_ids=ids, use_cache=True, logits_to_keep=1)
 
     try:
-        model(input_ids=ids[:, :1024], use_cache=True, logits_to_keep=1)
+        model(input_ids=ids[:, :_PREFILL], use_cache=True, logits_to_keep=1)
         return _seconds(read)
     except torch.OutOfMemoryError:
         return None
