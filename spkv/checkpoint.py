@@ -47,7 +47,7 @@ def load(
 
     Args:
         model: a directory saved by `spkv.save`; or, with `adapter`, the base model (a directory, a hub name, or
-            "smollm2", whose own adapter is taken if none is given).
+            one of `spkv.hf.packaged`: "gemma3-270m", or "smollm2", whose own adapter is taken if none is given).
         adapter: an adapter directory.
         dtype: weights' type; None takes the checkpoint's own.
         device: where to put it; None leaves it on the CPU.
@@ -85,7 +85,7 @@ def load_base(model: str | os.PathLike[str], *, dtype: torch.dtype | str | None 
 
 
 def resolve_model(model: str | os.PathLike[str]) -> str:
-    """The path or hub name that transformers takes; converts a packaged model ("smollm2") on first use."""
+    """The path or hub name that transformers takes; converts a packaged model on first use."""
     return str(PACKAGED_MODELS[str(model)].directory()) if model in PACKAGED_MODELS else os.fspath(model)
 
 
