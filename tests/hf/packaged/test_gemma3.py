@@ -153,11 +153,18 @@ def test_converted_model_computes_what_the_original_does(tiny: tuple[PreTrainedM
         assert getattr(converted.config, name) == getattr(original.config, name)
 
 
-@given(text=st.text(st.sampled_from([*" theindg\n<b>é日😀"])))
-def test_tokens_are_those_of_sentencepiece(tiny_tokenizer: Any, text: str) -> None:
+@given(parts=st.lists(st.sampled_from([*PIECES, *USER_DEFINED, "日", "😀"])))
+def test_tokens_are_those_of_sentencepiece(tiny_tokenizer: Any, parts: list[str]) -> None:
+    text = "".join(parts).replace("▁", " ")
     ids = tiny_tokenizer(text).input_ids
     assert tiny_tokenizer.convert_ids_to_tokens(ids) == ["<bos>", *sentencepiece(text)]
     assert tiny_tokenizer.decode(ids[1:]) == text
+
+
+def test_runs_of_spaces_have_their_names_in_sentencepiece(tiny_tokenizer: Any) -> None:
+    vocabulary = tiny_tokenizer.get_vocab()
+    assert (vocabulary["▁▁"], vocabulary["▁▁▁▁"]) == (7, 8)
+    assert "  " not in vocabulary
 
 
 def test_names_of_special_tokens_in_a_text_can_be_read_as_text(tiny_tokenizer: Any) -> None:
