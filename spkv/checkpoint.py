@@ -24,12 +24,11 @@ from spkv.config import CONFIG_FILE, SPKVConfig
 from spkv.gates import ThresholdGate
 from spkv.hf.attach import attach, attachment
 from spkv.hf.families import find_decoder
+from spkv.hf.packaged import PACKAGED_MODELS
 
 PREDICTOR_FILE = "predictor.safetensors"
 _LORA_FILE = "adapter_config.json"
 _FORMAT = 1
-# Names of models that packages carry, so that they load without a hub.
-PACKAGED_MODELS = ("smollm2",)
 SHIPPED_ADAPTERS = Path(__file__).parent / "adapters"
 # Relative difference of weight statistics above which two bases are not the same model. Storage in bfloat16 or
 # float16 moves them by less than 1e-3, and training by more than this.
@@ -48,7 +47,7 @@ def load(
 
     Args:
         model: a directory saved by `spkv.save`; or, with `adapter`, the base model (a directory, a hub name, or
-            "smollm2", whose own adapter is taken if none is given).
+            one of `spkv.hf.packaged`: "gemma3-270m", or "smollm2", whose own adapter is taken if none is given).
         adapter: an adapter directory.
         dtype: weights' type; None takes the checkpoint's own.
         device: where to put it; None leaves it on the CPU.
@@ -86,12 +85,8 @@ def load_base(model: str | os.PathLike[str], *, dtype: torch.dtype | str | None 
 
 
 def resolve_model(model: str | os.PathLike[str]) -> str:
-    """The path or hub name that transformers takes; converts a packaged model ("smollm2") on first use."""
-    if model in PACKAGED_MODELS:
-        from spkv.hf.smollm2 import smollm2_directory
-
-        return str(smollm2_directory())
-    return os.fspath(model)
+    """The path or hub name that transformers takes; converts a packaged model on first use."""
+    return str(PACKAGED_MODELS[str(model)].directory()) if model in PACKAGED_MODELS else os.fspath(model)
 
 
 def resolve_adapter(model: str | os.PathLike[str], adapter: str | os.PathLike[str] | None) -> Path | None:

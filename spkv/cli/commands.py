@@ -35,7 +35,10 @@ app = typer.Typer(
 )
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help='A directory, a hub name, or "smollm2" with its shipped adapter.')
+    str,
+    typer.Argument(
+        metavar="MODEL", help='A directory, a hub name, "smollm2" with its shipped adapter, or "gemma3-270m".'
+    ),
 ]
 Adapter = Annotated[Path | None, typer.Option(metavar="DIR", help="Adapter made by `spkv adapt --lora-rank`.")]
 Threshold = Annotated[

@@ -49,7 +49,7 @@ def adapt(
     bfloat16 where the GPU can; adapters are stored in bfloat16.
 
     Args:
-        model: a directory, hub name or packaged model ("smollm2").
+        model: a directory, hub name or packaged model ("smollm2", "gemma3-270m").
         data: files to train on; see `spkv.training.tokens.tokenize_files`.
         output: directory for the result: a whole model, or an adapter where the recipe has LoRA; with
             `summary.json`, TensorBoard logs (if it is installed) and, while training, checkpoints.
