@@ -109,15 +109,18 @@ def generation_figure(result: dict[str, Any]) -> Figure:
 
     `result` is what `benchmarks.run --suite generate` writes.
     """
-    rows = [r for r in result["rows"] if r["phase"] == "decode" and r["mode"] == "compiled" and not r["skewed"]]
-    rows = [r for r in rows if r["length"] == 32_768 and r["model"].startswith("Llama")]
+    fastest = {"dense": "concurrent", "spkv": "compiled"}
+    rows = [r for r in result["rows"] if r["phase"] == "decode" and r["mode"] == fastest[r["implementation"]]]
+    rows = [r for r in rows if r["length"] == 32_768 and r["model"].startswith("Llama") and not r["skewed"]]
+    rows = [r for r in rows if "commit" not in r]  # of another run
     figure = Figure(figsize=(9, 3.4), layout="constrained")
-    title = f"{rows[0]['model']}, 32,768 pairs a sequence, {result['device']}, bfloat16"
+    title = f"{rows[0]['model']}, 32,768 pairs a sequence, {result['device']}, weights in bfloat16"
     figure.suptitle(title, fontsize="medium")
     times, rates = figure.subplots(1, 2)
 
     def label(row: dict[str, Any]) -> str:
-        return "dense" if row["implementation"] == "dense" else f"density {row['density']:.2f}"
+        coded = "" if row["page_dtype"] == "bfloat16" else f",\n{row['page_dtype']}"
+        return "dense" if row["implementation"] == "dense" else f"density {row['density']:.2f}{coded}"
 
     steps = [r for r in rows if r["batch"] == 8]
     limits = [r["milliseconds_per_step"] * r["percent_of_limit"] / 100 for r in steps]
@@ -127,9 +130,11 @@ def generation_figure(result: dict[str, Any]) -> Figure:
     times.set(ylabel="milliseconds", title="8 sequences")
     times.legend(fontsize="x-small")
     full = [r for r in rows if r["iso_memory"]]
-    names = [f"{label(r)}: {r['batch']} sequences" for r in full]
-    rates.bar(names, [r["tokens_per_second"] for r in full], color=["grey", "C0"][: len(full)])
-    rates.set(ylabel="tokens / s", title="As many sequences as fit")
+    names = [f"{label(r)}\n({r['batch']})" for r in full]
+    rates.bar(names, [r["tokens_per_second"] for r in full], color=["grey", *["C0"] * (len(full) - 1)])
+    rates.set(ylabel="tokens / s", title="As many sequences as fit (their number)")
+    for axes in (times, rates):
+        axes.tick_params(axis="x", labelsize="x-small")
     return figure
 
 
