@@ -350,7 +350,8 @@ class DecodeLoop:
     def _accept(self, logits: Tensor) -> None:
         """Choose the next tokens from [B, V] and enter them, as transformers does."""
         processors: Any = self.processors
-        scores = processors(self._so_far(), logits.float())
+        # transformers chooses from float32, where the largest is the same one.
+        scores = processors(self._so_far(), logits.float()) if self.processors or self.sample else logits
         if self.sample:
             # The largest of p / Exp(1) is drawn with probability p: what torch.multinomial does, without its checks,
             # which would wait for the device.

@@ -64,6 +64,23 @@ def load_coded(
 
 
 @triton.jit
+def load_codes(
+    codes, numbers, page, row, mask, page_bytes, dtype: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Codes of int8 or fp8 as they are, [N, D_PAD] of `dtype`, which holds them exactly, and their scales [N] float32.
+
+    A product with codes can be scaled afterwards, which takes a fraction of the arithmetic of scaling every element.
+    """
+    d = tl.arange(0, D_PAD)
+    # As bytes, since what is masked has no value in fp8.
+    at = (codes + (page * page_bytes + row * D)[:, None] + d[None, :]).to(tl.pointer_type(tl.uint8), bitcast=True)
+    wide = tl.load(at, mask=mask[:, None] & (d[None, :] < D), other=0).to(codes.dtype.element_ty, bitcast=True)
+    scale = tl.load(numbers + page * (page_bytes // 2) + P * D + row, mask=mask, other=0.0).to(tl.float32)
+    return wide.to(dtype), scale
+
+
+@triton.jit
 def store_coded(
     codes, numbers, page, row, mask, rows, page_bytes,
     N: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, P: tl.constexpr, CODEC: tl.constexpr,

@@ -18,6 +18,7 @@ order of the programs: results do not change from run to run.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from spkv.ops.packed import PackedLayer
 from spkv.ops.triton import coded
-from spkv.ops.triton.coded import load_coded
+from spkv.ops.triton.coded import load_coded, load_codes
 from spkv.ops.triton.launch import INTERPRETED, on_device_of, padded
 from spkv.ops.triton.primitives import LOG2_E, dot, tanh
 
@@ -76,7 +77,7 @@ def packed_decode(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """See `spkv.ops.attention.packed_decode`."""
-    tile = choose_tile(query)
+    tile = choose_tile(query, packed.coded is not None)
     if query.is_cuda:
         programs = torch.cuda.get_device_properties(query.device).multi_processor_count * tile.programs_per_sm
     else:
@@ -84,12 +85,12 @@ def packed_decode(
     return decode_with(query, packed, tile, programs, scale=scale, softcap=softcap, sinks=sinks)
 
 
-def choose_tile(query: Tensor) -> Tile:
+def choose_tile(query: Tensor, is_coded: bool = False) -> Tile:
     """The row of the table for a query's head size and dtype."""
     tile = _TILES[padded(query.shape[3])]
-    if query.element_size() == 4:
-        return Tile(tile.slots // 2, tile.warps, tile.stages, tile.programs_per_sm)
-    return tile
+    # Coded pairs are decoded in registers, of which a tile of whole size takes more than there are.
+    smaller = (query.element_size() == 4) + (is_coded and query.shape[3] > 64)
+    return dataclasses.replace(tile, slots=tile.slots >> smaller)
 
 
 def decode_with(
@@ -167,16 +168,31 @@ def _locate(
 
 
 @triton.jit
-def _take(q, k, v, holds, m, total, acc, scale, softcap, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr):
-    """Take a tile of pairs [N, D_PAD] into the state of an online softmax. It holds one at least."""
+def _take(
+    q, k, v, k_scale, v_scale, holds, m, total, acc, scale, softcap,
+    SCALED: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Take a tile of pairs [N, D_PAD] into the state of an online softmax. It holds one at least.
+
+    SCALED: keys and values are to be multiplied by k_scale and v_scale [N]; else they are what they are.
+    """
     s = dot(q, tl.trans(k), "ieee", UPCAST) * scale  # [M, N]
+    if SCALED:
+        s *= k_scale[None, :]
     if SOFTCAP:
         s = softcap * tanh(s / softcap)
     s = tl.where(holds[None, :], s * LOG2_E, float("-inf"))
     m_new = tl.maximum(m, tl.max(s, 1))
     p = tl.exp2(s - m_new[:, None])
     fade = tl.exp2(m - m_new)
-    return m_new, total * fade + tl.sum(p, 1), acc * fade[:, None] + dot(p.to(v.dtype), v, "ieee", UPCAST)
+    total = total * fade + tl.sum(p, 1)
+    if SCALED:
+        # By the largest afterwards, so that weights stay as large as their type can hold them well.
+        largest = tl.max(v_scale, 0)
+        weighted = dot((p * (v_scale / largest)[None, :]).to(v.dtype), v, "ieee", UPCAST) * largest
+    else:
+        weighted = dot(p.to(v.dtype), v, "ieee", UPCAST)
+    return m_new, total, acc * fade[:, None] + weighted
 
 
 # Neither lengths nor the alignment of one layer's rows of a table may ask for a compilation of their own.
@@ -232,16 +248,23 @@ def _attend(
             mask = holds[:, None] & (d[None, :] < D)
             k = tl.load(pair, mask=mask, other=0.0)  # [N, D_PAD]
             v = tl.load(pair + pool_stride_half, mask=mask, other=0.0)
-            m, l, acc = _take(q, k, v, holds, m, l, acc, scale, softcap, SOFTCAP, UPCAST)  # noqa: E741
+            m, l, acc = _take(q, k, v, None, None, holds, m, l, acc, scale, softcap, False, SOFTCAP, UPCAST)  # noqa: E741
         if CODEC != "":
             for t in range(first_coded, stop):
                 entry = (t - tl.cdiv(ring, N)) * N + n
                 holds = entry < held - ring
                 page = tl.load(chain_table + (ring_slots + entry) // P, mask=holds, other=0).to(tl.int64)
-                k = load_coded(codes, numbers, page, entry % P, holds, page_bytes, N, D, D_PAD, P, CODEC).to(q.dtype)
-                v = load_coded(codes, numbers, page, P + entry % P, holds, page_bytes, N, D, D_PAD, P, CODEC)
-                v = v.to(q.dtype)
-                m, l, acc = _take(q, k, v, holds, m, l, acc, scale, softcap, SOFTCAP, UPCAST)  # noqa: E741
+                at = entry % P
+                if CODEC == "int4":
+                    k = load_coded(codes, numbers, page, at, holds, page_bytes, N, D, D_PAD, P, CODEC).to(q.dtype)
+                    v = load_coded(codes, numbers, page, P + at, holds, page_bytes, N, D, D_PAD, P, CODEC).to(q.dtype)
+                    k_scale = v_scale = None
+                else:
+                    k, k_scale = load_codes(codes, numbers, page, at, holds, page_bytes, q.dtype, D, D_PAD, P)
+                    v, v_scale = load_codes(codes, numbers, page, P + at, holds, page_bytes, q.dtype, D, D_PAD, P)
+                m, l, acc = _take(  # noqa: E741
+                    q, k, v, k_scale, v_scale, holds, m, l, acc, scale, softcap, CODEC != "int4", SOFTCAP, UPCAST
+                )
         row = (program + chain).to(tl.int64) * G + g
         tl.store(m_out + row, m, mask=g < G)
         tl.store(l_out + row, l, mask=g < G)
