@@ -258,7 +258,7 @@ def _attend(
                 if CODEC == "int4":
                     k = load_coded(codes, numbers, page, at, holds, page_bytes, N, D, D_PAD, P, CODEC).to(q.dtype)
                     v = load_coded(codes, numbers, page, P + at, holds, page_bytes, N, D, D_PAD, P, CODEC).to(q.dtype)
-                    k_scale = v_scale = None
+                    k_scale, v_scale = None, None
                 else:
                     k, k_scale = load_codes(codes, numbers, page, at, holds, page_bytes, q.dtype, D, D_PAD, P)
                     v, v_scale = load_codes(codes, numbers, page, P + at, holds, page_bytes, q.dtype, D, D_PAD, P)
