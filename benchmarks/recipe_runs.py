@@ -27,11 +27,14 @@ _UNUSED_BY_CONTROLS = (
     "threshold",
     "initial_bias",
     "predictor_width",
+    "predictor_depth",
     "predictor_lr_multiplier",
     "predictor_weight_decay",
     "soft_fraction",
     "anneal_steps",
     "regulariser",
+    "regulariser_form",
+    "freeze_model",
     "target_density",
 )
 _LENGTHS = ("steps", "tokens", "tokens_per_parameter")
@@ -49,7 +52,14 @@ class Run:
         """What of the model is trained, or "dense" for a control."""
         if not self.recipe.gates:
             return "dense"
+        if self.recipe.freeze_model:
+            return "frozen"
         return "full" if self.recipe.lora_rank is None else "lora"
+
+    @property
+    def reference(self) -> str:
+        """Which policy of the control tells what pruning costs: a frozen model is compared with itself."""
+        return "base" if self.recipe.freeze_model else "dense"
 
     def with_changes(self, changes: dict[str, Any]) -> Run:
         """Vary the recipe; the name says how."""
@@ -106,6 +116,9 @@ def ablations(budget: int = 20, target: float = 0.2) -> list[Run]:
         "initial_bias": (0.0, 1.0, 3.0, 5.0, 20.0),
         "predictor_lr_multiplier": (1.0, 5.0, 10.0, 50.0),
         "predictor_width": (36, 144, 1152),
+        "predictor_depth": (1, 3),
+        "regulariser_form": ("square", "log", "binary"),
+        "freeze_model": (True,),
         "window": (1, 16, 32, 64, 256, 512),
         "predictor_weight_decay": (0.0,),
         "weight_decay": (0.0,),

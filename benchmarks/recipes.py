@@ -122,7 +122,7 @@ class Suite:
         results.add_recipe(identity, run.recipe)
         model = self._load(run)
         control = {**identity, "run": control_of(run).name}
-        dense_loss = None if run.method == "dense" else results.find(control, "dense", None)["loss"]
+        dense_loss = None if run.method == "dense" else results.find(control, run.reference, None)["loss"]
         for policy, threshold in wanted:
             if results.find(identity, policy, threshold):
                 continue
