@@ -1,4 +1,4 @@
-"""Loss and density of held-out rows under any hard gate, applied as a mask in one forward pass a batch.
+"""Loss, accuracy and density of held-out rows under any hard gate, applied as a mask in one forward pass a batch.
 
 This gives the losses that the cache gives (the invariant that the tests check) and is much faster; `spkv eval`
 measures the same through the cache.
@@ -32,12 +32,16 @@ def whole_sequences(sequences: Tensor) -> PackedRows:
 def measure(
     model: PreTrainedModel, rows: Dataset[dict[str, Tensor]], gate: HardGate | None, batch_size: int
 ) -> dict[str, float]:
-    """Return loss, density and kept_fraction under a gate; None runs a plain model, on rows of one document each."""
+    """Return loss, accuracy, density and kept_fraction under a gate; None runs a plain model, on whole sequences.
+
+    Loss and accuracy (of the likeliest token) are means over the tokens with a label.
+    """
     device = next(model.parameters()).device
     found = None if gate is None else spkv.attachment(model)
     count: int = len(rows)  # type: ignore[arg-type]
     loss = torch.zeros((), dtype=torch.float64, device=device)
     kept = torch.zeros((), dtype=torch.float64, device=device)
+    right = torch.zeros((), dtype=torch.long, device=device)
     predicted = left = tokens = 0
     for first in range(0, count, batch_size):
         batch = collate([rows[index] for index in range(first, min(first + batch_size, count))])
@@ -55,6 +59,7 @@ def measure(
                 row[:-1].float(), target[1:], ignore_index=IGNORED, reduction="sum"
             )
             loss += row_loss.double()
+            right += (row[:-1].argmax(-1) == target[1:]).sum()
         predicted += int((batch["labels"][:, 1:] != IGNORED).sum())
         if found is not None and gate is not None:
             leaves = leaves_window(batch["segment_ids"], found.config.window)[:, None]
@@ -66,6 +71,7 @@ def measure(
     density = kept.item() / left if left else 1.0
     return {
         "loss": loss.item() / predicted,
+        "accuracy": right.item() / predicted,
         "density": density,
         # The pairs held are those kept, and those that are still in the window as their document ends.
         "kept_fraction": 1.0 if not left else (kept.item() + tokens - left) / tokens,

@@ -93,23 +93,16 @@ class Suite:
         Raises:
             TimeIsUpError: at the deadline.
         """
-        results, options = self.results, self.options
         rows = self._rows(run)
-        identity = {
-            "model": Path(self.model).name,
-            "run": run.name,
-            "seed": options.seed,
-            "data": [path.name for path in options.data],
-            "validation": options.validation.name,
-            "validation_tokens": len(rows) * rows[0]["input_ids"].numel(),
-            "evaluation_length": rows[0]["input_ids"].numel(),
-        }
-        results.check_recipe(identity, run.recipe)
-        wanted = _policies(run, options.thresholds)
-        if all(results.find(identity, policy, threshold) for policy, threshold in wanted):
+        identity = self._identity(run, rows)
+        self.results.check_recipe(identity, run.recipe)
+        policies = _policies(run, self.options.thresholds)
+        missing = [policy for policy in policies if self.results.find(identity, *policy) is None]
+        if not missing:
             return
         self._check_time()
         summary = self._train(run)
+        self.results.add_recipe(identity, run.recipe)
         trained = {
             "method": run.method,
             "target": run.recipe.target_density,
@@ -119,18 +112,13 @@ class Suite:
             "seconds": _seconds(summary),
             "tokens_per_second": summary["tokens_per_second"],
         }
-        results.add_recipe(identity, run.recipe)
-        model = self._load(run)
         control = {**identity, "run": control_of(run).name}
-        dense_loss = None if run.method == "dense" else results.find(control, run.reference, None)["loss"]
-        for policy, threshold in wanted:
-            if results.find(identity, policy, threshold):
-                continue
+        model = self._load(run)
+        for policy, threshold in missing:
             self._check_time()
-            start = time.monotonic()
             gate = self._gate(policy, threshold, identity)
-            found = measure(self._base(run) if policy == "base" else model, rows, gate, options.batch_size)
-            dense_loss = found["loss"] if policy == "dense" else dense_loss
+            found = measure(self._base(run) if policy == "base" else model, rows, gate, self.options.batch_size)
+            dense_loss = (self.results.find(control, run.reference, None) or found)["loss"]
             row = {
                 **identity,
                 **trained,
@@ -139,10 +127,21 @@ class Suite:
                 **found,
                 "dense_loss": dense_loss,
                 "increase": found["loss"] / dense_loss - 1,
-                "evaluation_seconds": round(time.monotonic() - start, 2),
             }
-            results.add(row)
+            self.results.add(row)
             print(line(row), file=sys.stderr, flush=True)
+
+    def _identity(self, run: Run, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        length = rows[0]["input_ids"].numel()
+        return {
+            "model": Path(self.model).name,
+            "run": run.name,
+            "seed": self.options.seed,
+            "data": [path.name for path in self.options.data],
+            "validation": self.options.validation.name,
+            "validation_tokens": len(rows) * length,
+            "evaluation_length": length,
+        }
 
     def _rows(self, run: Run) -> Any:
         length = self.options.evaluation_length or run.recipe.sequence_length
