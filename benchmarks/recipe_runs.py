@@ -131,7 +131,31 @@ def ablations(budget: int = 20, target: float = 0.2) -> list[Run]:
     return [base, *(base.with_changes(change) for change in changes)]
 
 
-SUITES = {"frontier": frontier, "targets": targets, "lora": lora, "ablations": ablations}
+def scratch(budgets: Sequence[int] = (100, 200), targets: Sequence[float] = (0.1, 0.15, 0.25)) -> list[Run]:
+    """A model from scratch (see `benchmarks.from_scratch`), self-pruned from its first step.
+
+    Free of a target, and of a regulariser as published, and to several densities.
+    """
+    runs = []
+    for budget in budgets:
+        free = get_recipe(
+            "fast",
+            tokens=budget * 10**6,
+            sequence_length=2048,
+            learning_rate=1e-3,
+            predictor_lr_multiplier=5.0,
+            initial_bias=5.0,
+            regulariser=0.0,
+            soft_fraction=0.75,
+            anneal_steps=200,
+        )
+        runs.append(Run(f"scratch-{budget}M", free))
+        for target in targets:
+            runs.append(Run(f"scratch-{budget}M-d{target:g}", free.replace(target_density=target, initial_bias=2.0)))
+    return runs
+
+
+SUITES = {"frontier": frontier, "targets": targets, "lora": lora, "ablations": ablations, "scratch": scratch}
 
 
 def known_runs() -> dict[str, Run]:
