@@ -37,15 +37,17 @@ _UNUSED_BY_CONTROLS = (
     "freeze_model",
     "target_density",
 )
+_RETRIEVAL = "+retrieval"
 _LENGTHS = ("steps", "tokens", "tokens_per_parameter")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run of the trainer: what it is called, and what it does."""
+    """A run of the trainer: what it is called, what it does, and whether retrieval data are mixed in."""
 
     name: str
     recipe: Recipe
+    retrieval: bool = False
 
     @property
     def method(self) -> str:
@@ -65,7 +67,8 @@ class Run:
         """Vary the recipe; the name says how."""
         if not changes:
             return self
-        return Run(" ".join([self.name, *_settings(changes)]), self.recipe.replace(**changes))
+        name = " ".join([self.name, *_settings(changes)])
+        return dataclasses.replace(self, name=name, recipe=self.recipe.replace(**changes))
 
 
 def control_of(run: Run) -> Run:
@@ -77,7 +80,8 @@ def control_of(run: Run) -> Run:
     for name, value in dataclasses.asdict(recipe).items():
         if name not in _LENGTHS and value != getattr(usual, name):
             changed[name] = value
-    return Run(" ".join([f"dense-{_length(recipe)}", *_settings(changed)]), recipe)
+    name = f"dense-{_length(recipe)}" + _RETRIEVAL * run.retrieval
+    return Run(" ".join([name, *_settings(changed)]), recipe, run.retrieval)
 
 
 def with_controls(runs: Iterable[Run]) -> Iterator[Run]:
@@ -155,7 +159,20 @@ def scratch(budgets: Sequence[int] = (100, 200), targets: Sequence[float] = (0.1
     return runs
 
 
-SUITES = {"frontier": frontier, "targets": targets, "lora": lora, "ablations": ablations, "scratch": scratch}
+def retrieval(budget: int = 20, targets: Sequence[float] = (0.1, 0.2)) -> list[Run]:
+    """With and without retrieval data mixed in (see `benchmarks.retrieval_data`)."""
+    plain = [_full(budget, target) for target in targets]
+    return [*plain, *(Run(run.name + _RETRIEVAL, run.recipe, retrieval=True) for run in plain)]
+
+
+SUITES = {
+    "frontier": frontier,
+    "targets": targets,
+    "lora": lora,
+    "ablations": ablations,
+    "retrieval": retrieval,
+    "scratch": scratch,
+}
 
 
 def known_runs() -> dict[str, Run]:

@@ -3,8 +3,10 @@
 import itertools
 import json
 import random
+import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -15,6 +17,7 @@ from benchmarks.figures import frontier_figure
 from benchmarks.losses import measure, whole_sequences
 from benchmarks.recipe_results import Results
 from benchmarks.recipe_runs import SUITES, Run, control_of, frontier, known_runs, with_controls
+from benchmarks.retrieval_data import retrieval_documents
 from spkv.evals.nll import evaluate_nll
 from spkv.evals.policies import Policy
 from spkv.gates import RandomGate, SinkGate, ThresholdGate
@@ -126,6 +129,29 @@ def test_a_stopped_suite_goes_on_to_the_same_rows(suite, tmp_path, monkeypatch):
 
     monkeypatch.setattr(recipes, "adapt", fail)
     assert suite("20M-d0.2") == (0, rows)
+
+
+def test_retrieval_data_ask_for_what_they_say(work, tmp_path):
+    tokenizer = from_scratch.byte_tokenizer()
+    corpus = tokenize_files([work / "train.jsonl"], tokenizer, cache_dir=tmp_path, progress=False)
+    made = retrieval_documents(corpus, tokenizer, tokens=3000, longest=300, seed=0)
+    assert 3000 <= len(made.tokens) < 4000
+    for document in np.split(made.tokens, made.document_starts[1:]):
+        assert document[-1] == 0
+        assert (document[:-1] != 0).all()
+        context, question, answer = tokenizer.decode(document[:-1]).partition(" What is ")
+        name = re.fullmatch(r"the magic number of (\w+)\?( The magic number of \1 is \d{7}\.)", answer)
+        assert question
+        assert name
+        assert name[2] in context
+
+
+def test_retrieval_data_belong_to_their_runs_alone(suite, work):
+    with pytest.raises(SystemExit):
+        suite("20M-d0.2+retrieval")
+    _, rows = suite("20M-d0.2+retrieval", options=["--retrieval", work / "valid.jsonl"])
+    assert {tuple(row["data"]) for row in rows} == {("train.jsonl", "valid.jsonl")}
+    assert {row["run"].partition(" ")[0] for row in rows} == {"dense-0.001024M+retrieval", "20M-d0.2+retrieval"}
 
 
 def test_nothing_starts_when_the_time_is_up(suite, capsys):
