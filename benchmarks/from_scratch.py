@@ -40,20 +40,24 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
 
 
-def make_model(directory: Path, size: str, tokenizer: PreTrainedTokenizerBase, positions: int, seed: int) -> int:
-    """Write a Llama with random weights; returns its number of parameters."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
+def configuration(size: str, vocabulary: int, positions: int, end: int | None) -> LlamaConfig:
+    """Return the shape of a model; `end` is the token that ends documents."""
+    return LlamaConfig(
+        vocab_size=vocabulary,
         num_key_value_heads=_KV_HEADS,
         max_position_embeddings=positions,
         tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=end,
         **SIZES[size],
     )
-    model = LlamaForCausalLM(config)
+
+
+def make_model(directory: Path, size: str, tokenizer: PreTrainedTokenizerBase, positions: int, seed: int) -> int:
+    """Write a Llama with random weights; returns its number of parameters."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(configuration(size, len(tokenizer), positions, tokenizer.eos_token_id))
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return model.num_parameters()
