@@ -118,7 +118,9 @@ class Suite:
             self._check_time()
             gate = self._gate(policy, threshold, identity)
             found = measure(self._base(run) if policy == "base" else model, rows, gate, self.options.batch_size)
-            dense_loss = (self.results.find(control, run.reference, None) or found)["loss"]
+            dense = found if policy == "dense" else self.results.find(control, run.reference, None)
+            assert dense is not None  # controls come before what is compared with them
+            dense_loss = dense["loss"]
             row = {
                 **identity,
                 **trained,
