@@ -117,6 +117,7 @@ def targets(budget: int = 20) -> list[Run]:
 def ablations(budget: int = 20, target: float = 0.2) -> list[Run]:
     """One choice of `fast` changed at a time, at one budget and target: what differs is the loss."""
     varied: dict[str, Sequence[Any]] = {
+        "threshold": (0.1, 0.3, 0.7),
         "initial_bias": (0.0, 1.0, 3.0, 5.0, 20.0),
         "predictor_lr_multiplier": (1.0, 5.0, 10.0, 50.0),
         "predictor_width": (36, 144, 1152),
