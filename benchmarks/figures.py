@@ -2,7 +2,8 @@
 
 python -m benchmarks.figures
 
-The figures of operators and generation are drawn once `benchmarks.run` has left its rows there.
+The figures of operators, generation and the frontier are drawn once `benchmarks.run` and `benchmarks.recipes` have
+left their rows there.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.recipe_runs import frontier
 from spkv.checkpoint import SHIPPED_ADAPTERS
 from spkv.config import CONFIG_FILE
 
 RESULTS = Path(__file__).parent / "results"
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
+THRESHOLD = 0.5
+PUBLISHED = ((0.2572, 0.08, "τ 0.5"), (0.1144, 0.46, "τ 0.7"))
+"""Density, increase of the loss in percent, and threshold (SP-KV, arXiv 2605.14037, 8.1B parameters)."""
 
 
 def adapter_figure() -> Figure:
@@ -138,6 +143,43 @@ def generation_figure(result: dict[str, Any]) -> Figure:
     return figure
 
 
+def frontier_figure(result: dict[str, Any], model: str = "smollm2") -> Figure:
+    """Loss over the dense control against density, for each budget of training tokens.
+
+    `result` is what `benchmarks.recipes --suite frontier` writes. Lines join the runs at the threshold that they were
+    trained for; the small points are the same models at other thresholds.
+    """
+    names = {run.name for run in frontier()}
+    rows = [r for r in result["rows"] if r["model"] == model and r["run"] in names and r["policy"] == "spkv"]
+    budgets = sorted({row["tokens"] for row in rows})
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for colour, budget in ((f"C{i}", budget) for i, budget in enumerate(budgets)):
+        own = sorted((row for row in rows if row["tokens"] == budget), key=lambda row: row["density"])
+        trained_for = [row for row in own if row["threshold"] == THRESHOLD]
+        others = [row for row in own if row["threshold"] != THRESHOLD]
+        label = f"{budget / 1e6:.0f} M tokens"
+        axes.plot(*_costs(trained_for), "o-", color=colour, label=label)
+        axes.plot(*_costs(others), ".", color=colour, markersize=4, alpha=0.5)
+    for density, increase, label in PUBLISHED:
+        axes.plot(density, increase, "k*", markersize=11)
+        axes.annotate(label, (density, increase), (6, 6), textcoords="offset points", fontsize="x-small")
+    axes.axhline(0, color="grey", linewidth=0.8, linestyle="--")
+    # Straight near 0, where differences may be negative, and logarithmic beyond.
+    axes.set_yscale("symlog", linthresh=0.1)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel="density", ylabel="loss over dense control, %", xlim=(0, 0.5))
+    axes.set_title(f"{model}, held-out loss at {rows[0]['evaluation_length']:,} tokens; ★ published, 8.1B parameters")
+    axes.title.set_fontsize("medium")
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def _costs(rows: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    return [row["density"] for row in rows], [100 * row["increase"] for row in rows]
+
+
 def main() -> None:
     FIGURES.mkdir(parents=True, exist_ok=True)
     adapter_figure().savefig(FIGURES / "smollm2-adapter.png", dpi=130)
@@ -148,6 +190,10 @@ def main() -> None:
     if generation.exists():
         figure = generation_figure(json.loads(generation.read_text(encoding="utf-8")))
         figure.savefig(FIGURES / "generation.png", dpi=130)
+    recipes = RESULTS / "frontier.json"
+    if recipes.exists():
+        figure = frontier_figure(json.loads(recipes.read_text(encoding="utf-8")))
+        figure.savefig(FIGURES / "frontier.png", dpi=130)
 
 
 if __name__ == "__main__":

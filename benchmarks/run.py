@@ -162,9 +162,10 @@ def environment(module: str, commit: str | None = None, packages: Sequence[str] 
     except OSError:
         found = ""
     return {
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "commit": commit or found,
-        "command": f"python -m {module} " + " ".join(sys.argv[1:]),
+        # Files by their names: where they lie means nothing elsewhere.
+        "command": f"python -m {module} " + " ".join(Path(argument).name for argument in sys.argv[1:]),
         "versions": {
             "spkv": spkv.__version__,
             "torch": torch.__version__,

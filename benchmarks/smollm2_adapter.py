@@ -20,50 +20,13 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftModel
-from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 import spkv
+from benchmarks.losses import measure, whole_sequences
 from spkv.checkpoint import load_base, resolve_model
 from spkv.evals.nll import cut_sequences
-from spkv.gates import Gate, HardGate, OpenGate, RandomGate, SinkGate, ThresholdGate
-
-
-@torch.no_grad()
-def measure(model: PreTrainedModel, sequences: Tensor, gate: Gate | None, batch_size: int) -> dict[str, float]:
-    """Return loss, density and kept_fraction under a gate; None runs the model as it is."""
-    device = next(model.parameters()).device
-    N, L = sequences.shape
-    loss = torch.zeros((), dtype=torch.float64, device=device)
-    kept = torch.zeros((), dtype=torch.float64, device=device)
-    left = 0
-    found = None if gate is None else spkv.attachment(model)
-    if found is not None and gate is not None:
-        found.gate, found.oracle = gate, True
-    for ids in sequences.split(batch_size):
-        ids = ids.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            if found is None:
-                logits = model(ids, use_cache=False).logits
-            else:
-                with found.record() as record:
-                    logits = model(ids, use_cache=False).logits
-        # One sequence at a time: float32 logits of a batch would not fit.
-        for row, target in zip(logits, ids, strict=True):
-            loss += torch.nn.functional.cross_entropy(row[:-1].float(), target[1:]).double()
-        if found is not None and isinstance(gate, HardGate):
-            position = torch.arange(L, device=device)[None]
-            for layer, utility in record.utilities.items():
-                keep = gate.keep(utility, layer=layer, position=position)[..., : L - found.config.window]
-                kept += keep.sum()
-                left += keep.numel()
-    density = kept.item() / left if left else 1.0
-    window = L if found is None else found.config.window
-    return {
-        "loss": loss.item() / N,
-        "density": density,
-        "kept_fraction": (density * (L - window) + window) / L,
-    }
+from spkv.gates import HardGate, OpenGate, RandomGate, SinkGate, ThresholdGate
 
 
 def main() -> None:
@@ -81,10 +44,11 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(resolve_model("smollm2"))
     sequences = cut_sequences(arguments.data, tokenizer, arguments.sequence_length, limit=arguments.limit)
+    held_out = whole_sequences(sequences)
     rows: list[dict[str, Any]] = []
 
-    def add(policy: str, threshold: float | None, model: PreTrainedModel, gate: Gate | None) -> dict[str, Any]:
-        rows.append({"policy": policy, "threshold": threshold, **measure(model, sequences, gate, arguments.batch_size)})
+    def add(policy: str, threshold: float | None, model: PreTrainedModel, gate: HardGate | None) -> dict[str, Any]:
+        rows.append({"policy": policy, "threshold": threshold, **measure(model, held_out, gate, arguments.batch_size)})
         print(rows[-1], file=sys.stderr, flush=True)
         return rows[-1]
 

@@ -20,6 +20,7 @@ class SPKVConfig:
         window: number of latest positions, the query's own included, that are always visible (w >= 1).
         threshold: a pair is kept past the window where its utility is at least this; strictly in (0, 1).
         predictor_width: width of the predictor's hidden layer; None takes the model's hidden size.
+        predictor_depth: its linear layers, with SiLU between; 1 makes the predictor linear.
         initial_bias: bias that the predictor's last layer starts from. The published +5 starts with open gates
             (sigmoid(5) = 0.993); short recipes start lower.
         layers: indices of the layers that get a predictor; None takes every global attention layer.
@@ -31,6 +32,7 @@ class SPKVConfig:
     window: int = 128
     threshold: float = 0.5
     predictor_width: int | None = None
+    predictor_depth: int = 2
     initial_bias: float = 5.0
     layers: tuple[int, ...] | None = None
     page_size: int = 16
@@ -41,6 +43,7 @@ class SPKVConfig:
         check_threshold(self.threshold)
         if self.predictor_width is not None:
             _check_positive_int("predictor_width", self.predictor_width)
+        _check_positive_int("predictor_depth", self.predictor_depth)
         if isinstance(self.initial_bias, bool) or not isinstance(self.initial_bias, (int, float)):
             raise TypeError(f"initial_bias must be a number, not {self.initial_bias!r}")
         if self.layers is not None:

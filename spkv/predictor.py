@@ -2,33 +2,48 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 
 class UtilityPredictor(nn.Module):
-    """Two linear layers with SiLU between and one sigmoid output per KV head (SP-KV, arXiv 2605.14037).
+    """Linear layers, two unless said, with SiLU between and one sigmoid output per KV head.
 
-    The input is the hidden state that enters attention, so a utility depends on the key's own prefix alone.
+    Two are what is published (SP-KV, arXiv 2605.14037). The input is the hidden state that enters attention, so a
+    utility depends on the key's own prefix alone.
     """
 
-    def __init__(self, hidden_size: int, kv_heads: int, width: int | None = None, initial_bias: float = 5.0):
+    def __init__(
+        self, hidden_size: int, kv_heads: int, width: int | None = None, initial_bias: float = 5.0, depth: int = 2
+    ):
         super().__init__()
-        self.up = nn.Linear(hidden_size, width or hidden_size)
+        width = width or hidden_size
         self.act = nn.SiLU()
-        self.down = nn.Linear(width or hidden_size, kv_heads)
-        self.initial_bias = initial_bias
+        if depth > 1:
+            self.up = nn.Linear(hidden_size, width)
+        self.middle = nn.ModuleList(nn.Linear(width, width) for _ in range(depth - 2))
+        self.down = nn.Linear(width if depth > 1 else hidden_size, kv_heads)
+        self.depth, self.initial_bias = depth, initial_bias
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Start small around `initial_bias`: early decisions come from the bias, not from random weights."""
-        nn.init.normal_(self.up.weight, std=self.up.in_features**-0.5)
-        nn.init.zeros_(self.up.bias)
+        for layer in self._hidden_layers():
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+            nn.init.zeros_(layer.bias)
         nn.init.normal_(self.down.weight, std=0.1 * self.down.in_features**-0.5)
         nn.init.constant_(self.down.bias, self.initial_bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map hidden states [batch, tokens, hidden_size] to utilities [batch, kv_heads, tokens], float32 in (0, 1)."""
+        for layer in self._hidden_layers():
+            hidden_states = self.act(layer(hidden_states))
         # The sigmoid runs in float32: in bfloat16 utilities above 0.996 would all round to 1.
-        return self.down(self.act(self.up(hidden_states))).float().sigmoid().transpose(1, 2)
+        return self.down(hidden_states).float().sigmoid().transpose(1, 2)
+
+    def _hidden_layers(self) -> list[nn.Linear]:
+        layers: list[Any] = [self.up, *self.middle] if self.depth > 1 else []
+        return layers

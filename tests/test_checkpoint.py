@@ -53,6 +53,15 @@ def test_a_whole_model_round_trips_and_transformers_reads_it(attached, tmp_path)
     assert suffixes == {".json", ".safetensors"}
 
 
+@pytest.mark.parametrize("depth", [1, 3])
+def test_predictors_of_other_depths_round_trip(tiny_llama, tmp_path, depth):
+    config = spkv.SPKVConfig(window=8, threshold=0.6, initial_bias=0.4, predictor_depth=depth)
+    spkv.save(spkv.attach(tiny_llama, config), tmp_path / "whole")
+    loaded = spkv.load(tmp_path / "whole")
+    assert spkv.attachment(loaded).config == config
+    assert torch.equal(logits(loaded), logits(tiny_llama))
+
+
 def test_an_adapter_round_trips(attached, base, tmp_path):
     save_adapter(attached, tmp_path / "adapter")
     loaded = spkv.load(base, adapter=tmp_path / "adapter", threshold=0.6)

@@ -35,6 +35,7 @@ def test_a_config_survives_json():
         ({"threshold": 1}, ValueError, "strictly between 0 and 1, not 1"),
         ({"threshold": "high"}, TypeError, "a number in \\(0, 1\\), not 'high'"),
         ({"predictor_width": 0}, ValueError, "predictor_width must be at least 1, not 0"),
+        ({"predictor_depth": 0}, ValueError, "predictor_depth must be at least 1, not 0"),
         ({"initial_bias": None}, TypeError, "initial_bias must be a number, not None"),
         ({"layers": ()}, ValueError, "layers must be None or non-negative layer indices"),
         ({"layers": (1, -1)}, ValueError, "non-negative layer indices"),

@@ -82,3 +82,12 @@ def test_a_new_predictor_starts_at_its_bias():
     assert (utility - torch.sigmoid(torch.tensor(5.0))).abs().max() < 0.01
     assert UtilityPredictor(32, 3, width=7).up.out_features == 7
     assert UtilityPredictor(32, 3).to(torch.bfloat16)(hidden.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("depth", "layers"), [(1, 1), (2, 2), (4, 4)])
+def test_a_predictor_has_as_many_linear_layers_as_asked_for(depth, layers):
+    predictor = UtilityPredictor(32, 3, width=7, initial_bias=1.0, depth=depth)
+    assert sum(isinstance(module, torch.nn.Linear) for module in predictor.modules()) == layers
+    utility = predictor(torch.randn(2, 9, 32))
+    assert utility.shape == (2, 3, 9)
+    assert (utility - torch.sigmoid(torch.tensor(1.0))).abs().max() < 0.1

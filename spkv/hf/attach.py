@@ -149,7 +149,11 @@ def attach(model: PreTrainedModel, config: SPKVConfig | None = None) -> PreTrain
         if index in layers:
             weight = _reference_weight(attention, index)
             attention.utility_predictor = UtilityPredictor(
-                decoder.config.hidden_size, decoder.kv_heads, config.predictor_width, config.initial_bias
+                decoder.config.hidden_size,
+                decoder.kv_heads,
+                config.predictor_width,
+                config.initial_bias,
+                config.predictor_depth,
             ).to(weight.device, weight.dtype)
         hook = functools.partial(forward.attention_pre_hook, attachment)
         attachment._handles.append(attention.register_forward_pre_hook(hook, with_kwargs=True))

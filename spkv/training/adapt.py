@@ -15,7 +15,7 @@ from spkv.training.recipes import Recipe
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import TrainingArguments
+    from transformers import TrainerCallback, TrainingArguments
 
     from spkv.training.trainer import AdaptationTrainer
 
@@ -41,6 +41,7 @@ def adapt(
     keep_checkpoints: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
     """Train a model to prune its own KV cache, and save it.
 
@@ -67,6 +68,8 @@ def adapt(
         keep_checkpoints: keep them when the run is finished.
         cache_dir: where tokenised data are kept; None takes the user's cache.
         progress: show progress bars.
+        callbacks: transformers' own, called as training goes on. One that raises in `on_save` ends the run at a
+            checkpoint that `resume` goes on from.
 
     Returns:
         The summary, as in `summary.json`: recipe, steps, tokens, seconds, tokens_per_second, train_loss, versions,
@@ -149,6 +152,8 @@ def adapt(
     if wanted > len(rows):
         logger.warning("the run takes %d rows and the data hold %d: they are seen again", wanted, len(rows))
     trainer = AdaptationTrainer(prepared, args, recipe, TrainingRows(rows, wanted, seed), tokenizer=tokenizer)
+    for callback in callbacks:
+        trainer.add_callback(callback)
 
     summary: dict[str, Any] = {
         "recipe": recipe.to_dict(),

@@ -25,7 +25,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     Each group has, beside AdamW's own keys, `predictor`: True for the utility predictors.
 
     Raises:
-        ValueError: if nothing of the model is trained.
+        ValueError: if nothing of the model is trained, and the recipe does not say so.
     """
     embeddings = {
         id(parameter)
@@ -43,7 +43,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
             decayed.append(parameter)
         else:
             plain.append(parameter)
-    if not decayed:
+    if not decayed and not recipe.freeze_model:
         raise ValueError("no matrix of the model is trained; training the predictor alone does not work (SP-KV)")
     model_lr, predictor_lr = recipe.learning_rate, recipe.learning_rate * recipe.predictor_lr_multiplier
     groups = [
@@ -74,6 +74,8 @@ def prepare_parameters(model: PreTrainedModel, recipe: Recipe) -> nn.Module:
             task_type="CAUSAL_LM",
         )
         prepared = get_peft_model(model, config)
+    if recipe.freeze_model:
+        model.requires_grad_(False)
     for predictor in attachment(prepared).predictors.values():
         predictor.float().requires_grad_(recipe.gates)
     return prepared

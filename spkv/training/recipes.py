@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spkv.config import SPKVConfig
+from spkv.training.regularisers import FORMS
 from spkv.training.schedule import Schedule
 
 START_OF_CONTROL = 0.015
@@ -27,7 +28,7 @@ class Recipe:
 
     Attributes:
         name: the recipe's name in `RECIPES`, kept when fields are changed.
-        window, threshold, initial_bias, predictor_width: see `SPKVConfig`.
+        window, threshold, initial_bias, predictor_width, predictor_depth: see `SPKVConfig`.
         gates: False trains with all gates open and no predictor: the control.
         steps: optimiser steps.
         tokens: training tokens.
@@ -45,10 +46,12 @@ class Recipe:
         soft_fraction: part of the steps with soft gates; after it the predictor is frozen.
         anneal_steps: steps from soft to hard gates, half of the remaining ones at most.
         regulariser: lambda of the added loss `lambda * mean(u)` over the pairs that leave the window.
+        regulariser_form: what takes the place of u in it, a name in `regularisers.FORMS`.
         target_density: where the density should end; lambda is then controlled, starting from `regulariser`, or
             from `START_OF_CONTROL` where that is 0.
         lora_rank: rank of LoRA on the linear layers of the decoder; None trains the whole model.
         lora_alpha: LoRA's scale is lora_alpha / lora_rank.
+        freeze_model: train the predictor alone. Published: it then keeps 82 % of the pairs; for comparison only.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Recipe:
     threshold: float = 0.5
     initial_bias: float = 5.0
     predictor_width: int | None = None
+    predictor_depth: int = 2
     gates: bool = True
     steps: int | None = None
     tokens: int | None = None
@@ -73,9 +77,11 @@ class Recipe:
     soft_fraction: float = 0.75
     anneal_steps: int = 500
     regulariser: float = 0.0
+    regulariser_form: str = "linear"
     target_density: float | None = None
     lora_rank: int | None = None
     lora_alpha: int | None = None
+    freeze_model: bool = False
 
     def __post_init__(self) -> None:
         self.config()  # checks its own fields
@@ -114,6 +120,10 @@ class Recipe:
             _check("lora_rank", self.lora_rank, "at least 1", lambda value: value >= 1)
         elif self.lora_alpha is not None:
             raise ValueError("lora_alpha needs lora_rank")
+        if self.regulariser_form not in FORMS:
+            raise ValueError(f"regulariser_form must be one of {', '.join(FORMS)}, not {self.regulariser_form!r}")
+        if self.freeze_model and (not self.gates or self.lora_rank is not None):
+            raise ValueError("freeze_model leaves the predictor alone to train: it needs gates, and no lora_rank")
         object.__setattr__(self, "betas", tuple(self.betas))
 
     def config(self) -> SPKVConfig:
@@ -122,6 +132,7 @@ class Recipe:
             window=self.window,
             threshold=self.threshold,
             predictor_width=self.predictor_width,
+            predictor_depth=self.predictor_depth,
             initial_bias=self.initial_bias,
         )
 

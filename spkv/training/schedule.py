@@ -127,7 +127,7 @@ class DensityController:
     PROPORTIONAL: ClassVar[float] = 2.0
     INTEGRAL: ClassVar[float] = 0.2
     SMOOTHING: ClassVar[float] = 0.5
-    # lambda stays within a factor of 30 of its start: until the first gates close, density says nothing.
+    # lambda stays within a factor of 30 of its start, or is 0: until the first gates close, density says nothing.
     SPAN: ClassVar[float] = math.log(30.0)
     # Below it a logarithm would react to single pairs.
     LEAST_DENSITY: ClassVar[float] = 1e-3
@@ -166,7 +166,9 @@ class DensityController:
         if abs(action) < self.SPAN or action * error < 0:
             self._integral += self.INTEGRAL * error * self.every * self.UPDATES / self.soft_steps
             action = self.PROPORTIONAL * error + self._integral
-        self.weight = self.initial * math.exp(max(-self.SPAN, min(self.SPAN, action)))
+        # Off at the lower end: where the loss has no gradient left to oppose it, AdamW makes steps of full size out
+        # of the smallest lambda, and gates would go on closing.
+        self.weight = 0.0 if action <= -self.SPAN else self.initial * math.exp(min(self.SPAN, action))
         return self.weight
 
     def state_dict(self) -> dict[str, Any]:

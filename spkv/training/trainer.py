@@ -39,6 +39,7 @@ from spkv.training.data import TrainingRows, collate, leaves_window
 from spkv.training.evaluation import Evaluation, evaluate_rows
 from spkv.training.parameters import parameter_groups
 from spkv.training.recipes import START_OF_CONTROL, Recipe
+from spkv.training.regularisers import FORMS
 from spkv.training.schedule import DensityController
 
 logger = logging.getLogger(__name__)
@@ -162,7 +163,7 @@ class AdaptationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return cross-entropy + lambda * mean(u) over the pairs that leave the window; the logs get both apart."""
+        """Return cross-entropy + lambda * mean(penalty(u)) over pairs that leave the window; logs get both apart."""
         keywords: dict[str, Any] = {**inputs, "use_cache": False}
         with self.attachment.record() as record:
             loss, outputs = super().compute_loss(
@@ -174,26 +175,27 @@ class AdaptationTrainer(Trainer):
         processes = self.accelerator.num_processes
         self._logged[_LOSS] += loss.detach() / (parts * processes)
         if self.recipe.gates:
-            total, pairs = self._gated_sum(record, inputs["segment_ids"])
+            penalty, pairs = self._penalty_sum(record, inputs["segment_ids"])
             # Divided by the count of the whole step and undoing the mean over processes: a sum over all parts of
             # the step gives the mean over all its pairs, however they are spread. With lambda 0 it still ties the
             # predictor to the loss, as DistributedDataParallel demands.
             weight = self.regulariser * parts * processes
-            loss = loss + weight * total / (self._leaving * pairs).clamp_min(1)
+            loss = loss + weight * penalty / (self._leaving * pairs).clamp_min(1)
         return (loss, outputs) if return_outputs else loss
 
-    def _gated_sum(self, record: Record, segment_ids: Tensor) -> tuple[Tensor, int]:
-        """Return the sum of utilities over the pairs that leave the window, and L * Hkv; enter both in the logs."""
+    def _penalty_sum(self, record: Record, segment_ids: Tensor) -> tuple[Tensor, int]:
+        """Return the sum of penalties over the pairs that leave the window, and L * Hkv; log utility and density."""
         utility = torch.stack([record.utilities[layer] for layer in self.attachment.layers])  # [L, B, Hkv, T]
         left = leaves_window(segment_ids, self.recipe.window)[None, :, None]
-        total = (utility * left).sum()
+        penalty = (FORMS[self.recipe.regulariser_form](utility) * left).sum()
         pairs = utility.shape[0] * utility.shape[2]
         with torch.no_grad():
+            total = (utility * left).sum()
             kept = ((utility >= self.recipe.threshold) & left).sum()
             sums = torch.stack([total.new_zeros(()), total, kept, left.sum() * pairs]).double()
             self._logged += sums
             self._measured += sums
-        return total, pairs
+        return penalty, pairs
 
     # What is written down
 

@@ -18,6 +18,7 @@ from spkv.hf.attach import attach, attachment
 from spkv.training.data import PackedRows, TrainingRows
 from spkv.training.parameters import parameter_groups, prepare_parameters
 from spkv.training.recipes import START_OF_CONTROL, Recipe
+from spkv.training.regularisers import FORMS
 from spkv.training.schedule import DensityController
 from spkv.training.tokens import tokenize_files
 from spkv.training.trainer import AdaptationTrainer
@@ -98,6 +99,23 @@ def test_the_predictor_is_frozen_bit_for_bit_while_the_model_goes_on(make_traine
     for (phase, predictor, model), (_, next_predictor, next_model) in itertools.pairwise(seen):
         assert equal(predictor, next_predictor) == (phase != "soft")
         assert not equal(model, next_model)
+
+
+def test_a_frozen_model_stays_bit_for_bit_while_the_predictor_learns(make_trainer, recipe_of) -> None:
+    trainer = make_trainer(recipe_of(freeze_model=True))
+    before = weights(trainer.model)
+    trainer.train()
+    moved = {name for name, weight in weights(trainer.model).items() if not torch.equal(weight, before[name])}
+    assert moved == {name for name in before if "utility_predictor" in name}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_the_regulariser_closes_gates(make_trainer, recipe_of, form) -> None:
+    recipe = recipe_of(steps=6, soft_fraction=1.0, regulariser=3.0, regulariser_form=form)
+    trainer = make_trainer(recipe)
+    trainer.train()
+    utilities = history(trainer, "mean_utility")
+    assert utilities[-1] < utilities[0]
 
 
 def test_the_gate_follows_the_schedule(make_trainer, recipe_of) -> None:
