@@ -32,6 +32,7 @@ _UNUSED_BY_CONTROLS = (
     "predictor_weight_decay",
     "soft_fraction",
     "anneal_steps",
+    "anneal_form",
     "regulariser",
     "regulariser_form",
     "freeze_model",
@@ -129,6 +130,7 @@ def ablations(budget: int = 20, target: float = 0.2) -> list[Run]:
         "weight_decay": (0.0,),
         "soft_fraction": (0.45, 0.55, 0.75, 0.85, 1.0),
         "anneal_steps": (0, 120, 240),
+        "anneal_form": ("power",),
         "sequence_length": (2048, 8192),
     }
     changes = [{name: value} for name, values in varied.items() for value in values]
@@ -180,6 +182,11 @@ def known_runs() -> dict[str, Run]:
     """Every run of every suite, and the recipes themselves, by name."""
     recipes = [Run(name, get_recipe(name)) for name in RECIPES if name != "dense-control"]
     return {run.name: run for run in (*recipes, *(run for suite in SUITES.values() for run in suite()))}
+
+
+def known_controls() -> dict[str, Run]:
+    """The controls of `known_runs`, by name."""
+    return {control.name: control for control in map(control_of, known_runs().values())}
 
 
 def _full(budget: int, target: float) -> Run:

@@ -4,8 +4,9 @@
     python -m benchmarks.recipes --runs 20M-d0.2 --set initial_bias=1 --data ... --time-limit 570
 
 The same command goes on where it was stopped, whether by its time limit or from outside: finished runs are skipped,
-unfinished ones resume. Rows are added to those that FILE holds; `--merge` adds those of other files. The last line of
-stdout is JSON. Exit code 3 says that the time limit left something undone.
+unfinished ones resume. Rows are added to those that FILE holds; `--merge` adds those of other files. Exit code 3 says
+that the time limit left something undone. The last line of stdout is JSON. `benchmarks.recipes_in_parallel` gives each
+run a GPU of its own.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from transformers.utils.logging import disable_progress_bar
 import spkv
 from benchmarks.losses import measure
 from benchmarks.recipe_results import Results
-from benchmarks.recipe_runs import SUITES, Run, control_of, known_runs, with_controls
+from benchmarks.recipe_runs import SUITES, Run, control_of, known_controls, known_runs, with_controls
 from benchmarks.run import environment
 from spkv.checkpoint import load_base, resolve_model
 from spkv.gates import HardGate, OpenGate, RandomGate, SinkGate, ThresholdGate
@@ -119,7 +120,8 @@ class Suite:
             gate = self._gate(policy, threshold, identity)
             found = measure(self._base(run) if policy == "base" else model, rows, gate, self.options.batch_size)
             dense = found if policy == "dense" else self.results.find(control, run.reference, None)
-            assert dense is not None  # controls come before what is compared with them
+            if dense is None:
+                raise ValueError(f"{run.name} is compared with {control['run']}, of which there are no rows")
             dense_loss = dense["loss"]
             row = {
                 **identity,
@@ -267,9 +269,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _chosen(options: argparse.Namespace) -> Iterator[Run]:
-    known = known_runs()
+    known = known_controls() | known_runs()
     chosen = [run for name in options.suite for run in SUITES[name]()] + [known[name] for name in options.runs]
-    return with_controls(run.with_changes(dict(options.set)) for run in chosen)
+    changed = (run.with_changes(dict(options.set)) for run in chosen)
+    return changed if options.alone else with_controls(changed)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -278,6 +281,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--suite", choices=sorted(SUITES), action="append", default=[])
     parser.add_argument("--runs", nargs="+", default=[], metavar="NAME", help="of a suite, or a recipe's")
+    parser.add_argument("--alone", action="store_true", help="without controls, whose rows must be there already")
     parser.add_argument(
         "--set",
         type=_setting,
@@ -304,7 +308,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--time-limit", type=float, default=float("inf"), metavar="SECONDS", help="stop cleanly then")
     parser.add_argument("--commit", help="to record; default: what git says")
     options = parser.parse_args(argv)
-    if unknown := sorted(set(options.runs) - set(known_runs())):
+    if unknown := sorted(set(options.runs) - {*known_runs(), *known_controls()}):
         parser.error(f"unknown runs: {', '.join(unknown)}; --suite NAME --list shows those of a suite")
     if options.list:
         print(*(run.name for run in _chosen(options)), sep="\n")

@@ -53,25 +53,41 @@ class SoftGate(Gate):
         return utility.clamp_min(_TINY).log()
 
 
+ANNEALING = ("linear", "power")
+
+
 @dataclass(frozen=True)
 class AnnealedGate(Gate):
-    """Training, between soft and hard: log((1 - alpha) u + alpha [u >= threshold]) (SP-KV, arXiv 2605.14037).
+    """Training, between soft and hard, as alpha goes from 0 to 1. With k = [u >= threshold]:
+
+    "linear"  log((1 - alpha) u + alpha k) (SP-KV, arXiv 2605.14037)
+    "power"   log u * (1 - alpha) where k, log u / (1 - alpha) elsewhere
+
+    A pair that will be dropped stays visible through the linear form nearly to its end: log(1 - alpha) reaches -3 at
+    alpha 0.95. The power form closes it as evenly as it opens the kept ones.
 
     The predictor is frozen in this phase: no gradient reaches the utility.
     """
 
     threshold: float
     alpha: float
+    form: str = "linear"
     hard: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_threshold(self.threshold)
         if not 0.0 <= self.alpha <= 1.0:
             raise ValueError(f"alpha must lie in [0, 1], not {self.alpha!r}")
+        if self.form not in ANNEALING:
+            raise ValueError(f"form must be one of {', '.join(ANNEALING)}, not {self.form!r}")
 
     def log_gate(self, utility: Tensor, *, layer: int, position: Tensor) -> Tensor:
         utility = utility.detach()
-        return torch.lerp(utility, (utility >= self.threshold).to(utility.dtype), self.alpha).log()
+        kept = utility >= self.threshold
+        if self.form == "linear":
+            return torch.lerp(utility, kept.to(utility.dtype), self.alpha).log()
+        log_utility, left = utility.clamp_min(_TINY).log(), 1.0 - self.alpha
+        return torch.where(kept, log_utility * left, log_utility / left if left else float("-inf"))
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,17 @@ def test_annealing_runs_from_soft_to_hard():
     assert not AnnealedGate(0.5, 0.5).log_gate(UTILITY.clone().requires_grad_(), **WHERE).requires_grad
 
 
+def test_the_power_form_closes_what_will_be_dropped_as_evenly_as_it_opens_the_rest():
+    def gate(alpha):
+        return AnnealedGate(0.5, alpha, "power").log_gate(UTILITY, **WHERE)[0, 0, :3]
+
+    torch.testing.assert_close(gate(0.0), UTILITY[0, 0, :3].log())
+    torch.testing.assert_close(gate(0.75), UTILITY[0, 0, :3].log() * torch.tensor([4.0, 0.25, 0.25]))
+    assert gate(1.0).tolist() == [float("-inf"), 0, 0]
+    with pytest.raises(ValueError, match="one of linear, power, not 'cubic'"):
+        AnnealedGate(0.5, 0.5, "cubic")
+
+
 def test_hard_keeps_from_the_threshold_on():
     assert ThresholdGate(0.5).keep(UTILITY, **WHERE).tolist() == [[[False, True, True, False]]]
     assert ThresholdGate(0.5).log_gate(UTILITY, **WHERE)[0, 0].tolist() == [float("-inf"), 0, 0, float("-inf")]

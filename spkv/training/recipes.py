@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spkv.config import SPKVConfig
+from spkv.gates import ANNEALING
 from spkv.training.regularisers import FORMS
 from spkv.training.schedule import Schedule
 
@@ -45,6 +46,7 @@ class Recipe:
         max_grad_norm: gradients are clipped to this norm.
         soft_fraction: part of the steps with soft gates; after it the predictor is frozen.
         anneal_steps: steps from soft to hard gates, half of the remaining ones at most.
+        anneal_form: how they get there, one of `spkv.gates.ANNEALING`.
         regulariser: lambda of the added loss `lambda * mean(u)` over the pairs that leave the window.
         regulariser_form: what takes the place of u in it, a name in `regularisers.FORMS`.
         target_density: where the density should end; lambda is then controlled, starting from `regulariser`, or
@@ -76,6 +78,7 @@ class Recipe:
     max_grad_norm: float = 1.0
     soft_fraction: float = 0.75
     anneal_steps: int = 500
+    anneal_form: str = "linear"
     regulariser: float = 0.0
     regulariser_form: str = "linear"
     target_density: float | None = None
@@ -120,6 +123,8 @@ class Recipe:
             _check("lora_rank", self.lora_rank, "at least 1", lambda value: value >= 1)
         elif self.lora_alpha is not None:
             raise ValueError("lora_alpha needs lora_rank")
+        if self.anneal_form not in ANNEALING:
+            raise ValueError(f"anneal_form must be one of {', '.join(ANNEALING)}, not {self.anneal_form!r}")
         if self.regulariser_form not in FORMS:
             raise ValueError(f"regulariser_form must be one of {', '.join(FORMS)}, not {self.regulariser_form!r}")
         if self.freeze_model and (not self.gates or self.lora_rank is not None):
@@ -152,6 +157,7 @@ class Recipe:
             warmup=self.warmup_fraction,
             floor=self.floor,
             threshold=self.threshold,
+            anneal_form=self.anneal_form,
         )
 
     def replace(self, **changes: Any) -> Recipe:

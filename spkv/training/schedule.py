@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from spkv.config import check_threshold
-from spkv.gates import AnnealedGate, Gate, SoftGate, ThresholdGate
+from spkv.gates import ANNEALING, AnnealedGate, Gate, SoftGate, ThresholdGate
 
 Phase = Literal["soft", "anneal", "hard"]
 
@@ -29,6 +29,7 @@ class Schedule:
         warmup_steps: those in which the learning rate rises linearly.
         floor: the learning rate that the cosine ends at, as a fraction of its peak.
         threshold: where gates are cut once they are hard.
+        anneal_form: how they get there, one of `spkv.gates.ANNEALING`.
     """
 
     steps: int
@@ -37,9 +38,12 @@ class Schedule:
     warmup_steps: int
     floor: float
     threshold: float
+    anneal_form: str = "linear"
 
     def __post_init__(self) -> None:
         check_threshold(self.threshold)
+        if self.anneal_form not in ANNEALING:
+            raise ValueError(f"anneal_form must be one of {', '.join(ANNEALING)}, not {self.anneal_form!r}")
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, not {self.steps}")
         if not 0 <= self.soft_steps <= self.steps or not 0 <= self.anneal_steps <= self.steps - self.soft_steps:
@@ -53,7 +57,15 @@ class Schedule:
 
     @classmethod
     def from_fractions(
-        cls, steps: int, *, soft: float, anneal_steps: int, warmup: float, floor: float, threshold: float
+        cls,
+        steps: int,
+        *,
+        soft: float,
+        anneal_steps: int,
+        warmup: float,
+        floor: float,
+        threshold: float,
+        anneal_form: str = "linear",
     ) -> Schedule:
         """Make a schedule from fractions of `steps`.
 
@@ -68,6 +80,7 @@ class Schedule:
             round(warmup * steps),
             floor,
             threshold,
+            anneal_form,
         )
 
     def phase(self, step: int) -> Phase:
@@ -88,7 +101,7 @@ class Schedule:
         if phase == "soft":
             return SoftGate()
         if phase == "anneal":
-            return AnnealedGate(self.threshold, self.alpha(step))
+            return AnnealedGate(self.threshold, self.alpha(step), self.anneal_form)
         return ThresholdGate(self.threshold)
 
     def learning_rate(self, step: int) -> float:

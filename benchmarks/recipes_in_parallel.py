@@ -1,0 +1,136 @@
+"""The runs of `benchmarks.recipes`, each on a GPU of its own, several at a time.
+
+    python -m benchmarks.recipes_in_parallel --gpus 4 --suite frontier --data ... --json FILE --time-limit 1500
+
+Takes the options of `benchmarks.recipes`. Controls come first, and a run starts once its control is there; of those
+that can start, the longest does. Every run writes a file of its own beside FILE, and FILE has the rows of all that are
+finished. The same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.recipe_runs import SUITES, Run, control_of, known_controls, known_runs, with_controls
+from benchmarks.recipes import UNFINISHED
+
+
+@dataclass
+class Job:
+    """A run, and how it stands: "waiting", "running", "done", or how it failed."""
+
+    run: Run
+    state: str = "waiting"
+
+
+class Fleet:
+    """Hands runs out to GPUs.
+
+    Args:
+        runs: with their controls.
+        arguments: for `benchmarks.recipes`, without runs and FILE.
+        json_file: FILE.
+        deadline: `time.monotonic()` at which to stop.
+    """
+
+    def __init__(self, runs: Sequence[Run], arguments: list[str], json_file: Path, deadline: float):
+        self.jobs = {run.name: Job(run) for run in runs}
+        self.arguments, self.json_file, self.deadline = arguments, json_file, deadline
+        self.changed = threading.Condition()
+
+    def work(self, gpu: int) -> None:
+        """Run one job after another on a GPU, until there is none left or the time is up."""
+        while (job := self._next()) is not None:
+            state = self._run(job.run, gpu)
+            with self.changed:
+                job.state = state
+                print(f"GPU {gpu}: {job.run.name}: {state}", file=sys.stderr, flush=True)
+                self.changed.notify_all()
+
+    def merge(self) -> None:
+        """Put the rows of all runs into FILE."""
+        files = [str(path) for path in map(self._file, self.jobs.values()) if path.exists()]
+        if files:
+            command = [sys.executable, "-m", "benchmarks.recipes", "--json", str(self.json_file), "--merge", *files]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+    def _next(self) -> Job | None:
+        """The longest job that can start; waits where all of them wait for controls that are running."""
+        with self.changed:
+            while time.monotonic() < self.deadline:
+                waiting = [job for job in self.jobs.values() if job.state == "waiting"]
+                ready = [job for job in waiting if self._is_ready(job)]
+                if ready:
+                    job = max(ready, key=lambda job: (not job.run.recipe.gates, job.run.recipe.tokens or 0))
+                    job.state = "running"
+                    return job
+                if not any(job.state == "running" for job in self.jobs.values()):
+                    return None
+                self.changed.wait(timeout=1.0)
+        return None
+
+    def _is_ready(self, job: Job) -> bool:
+        control = self.jobs[control_of(job.run).name]
+        return control is job or control.state == "done"
+
+    def _run(self, run: Run, gpu: int) -> str:
+        control, own = self._file(self.jobs[control_of(run).name]), self._file(self.jobs[run.name])
+        left = max(1.0, self.deadline - time.monotonic())
+        command = [sys.executable, "-m", "benchmarks.recipes", "--runs", run.name, "--alone", "--json", str(own)]
+        command += [*self.arguments, "--time-limit", f"{left:.0f}"]
+        if control != own:
+            command += ["--merge", str(control)]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
+        with own.with_suffix(".log").open("a") as log:
+            code = subprocess.run(command, env=environment, stdout=log, stderr=log).returncode
+        return {0: "done", UNFINISHED: "unfinished"}.get(code, f"failed with exit code {code}, see {own.stem}.log")
+
+    def _file(self, job: Job) -> Path:
+        return self.json_file.with_name(f"{self.json_file.stem}-{job.run.name.replace('/', '_')}.json")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, `UNFINISHED`, or 1 where a run failed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.recipes_in_parallel",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--gpus", type=int, required=True)
+    parser.add_argument("--suite", choices=sorted(SUITES), action="append", default=[])
+    parser.add_argument("--runs", nargs="+", default=[], metavar="NAME")
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--time-limit", type=float, default=float("inf"), metavar="SECONDS")
+    options, arguments = parser.parse_known_args(argv)
+    if "--set" in arguments:
+        parser.error("--set changes the names of runs; give it to benchmarks.recipes")
+    known = known_controls() | known_runs()
+    if unknown := sorted(set(options.runs) - known.keys()):
+        parser.error(f"unknown runs: {', '.join(unknown)}")
+    runs = [run for name in options.suite for run in SUITES[name]()] + [known[name] for name in options.runs]
+    deadline = time.monotonic() + min(options.time_limit, threading.TIMEOUT_MAX)
+    fleet = Fleet(list(with_controls(runs)), arguments, options.json, deadline)
+    workers = [threading.Thread(target=fleet.work, args=(gpu,)) for gpu in range(options.gpus)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    fleet.merge()
+    states = {name: job.state for name, job in fleet.jobs.items()}
+    print(json.dumps({"runs": states, "json": options.json.name}))
+    if any(state.startswith("failed") for state in states.values()):
+        return 1
+    return 0 if all(state == "done" for state in states.values()) else UNFINISHED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""Runs on several GPUs: each once, after its control, the rest in spite of one that fails."""
+
+import json
+import math
+import subprocess
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks import recipes_in_parallel
+from benchmarks.recipe_runs import control_of, known_runs
+
+
+@pytest.fixture
+def finished(monkeypatch):
+    """Stands in for the processes: the names of runs in the order in which they ended, with their GPUs."""
+    done = []
+
+    def run(command, env=None, **_):
+        if "--runs" in command:
+            name = command[command.index("--runs") + 1]
+            own = command[command.index("--json") + 1]
+            if "--merge" in command:
+                assert control_of(known_runs()[name]).name in [ended for ended, _ in done]
+            time.sleep(0.01)
+            code = {"20M-d0.3": 7, "20M-d0.4": recipes_in_parallel.UNFINISHED}.get(name, 0)
+            done.append((name, env["CUDA_VISIBLE_DEVICES"]))
+            with open(own, "w") as file:
+                file.write("{}")
+            return SimpleNamespace(returncode=code)
+        done.append(("merged", len(command[command.index("--merge") + 1 :])))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return done
+
+
+def test_every_run_is_made_once_after_its_control(finished, tmp_path, capsys):
+    names = ["20M-d0.1", "20M-d0.2", "20M-d0.3", "20M-d0.4", "50M-d0.1"]
+    code = recipes_in_parallel.main(["--gpus", "3", "--runs", *names, "--json", str(tmp_path / "f.json")])
+    assert code == 1
+    ended = [name for name, _ in finished]
+    assert sorted(ended) == sorted([*names, "dense-20M", "dense-50M", "merged"])
+    assert ended[-1] == "merged"
+    assert finished[-1][1] == 7
+    assert {gpu for _, gpu in finished[:-1]} == {"0", "1", "2"}
+    states = json.loads(capsys.readouterr().out.splitlines()[-1])["runs"]
+    assert states["20M-d0.3"] == "failed with exit code 7, see f-20M-d0.3.log"
+    assert states["20M-d0.4"] == "unfinished"
+    assert states["50M-d0.1"] == "done"
+
+
+def test_no_run_starts_past_the_deadline_or_without_its_control(finished, tmp_path):
+    arguments = ["--gpus", "2", "--runs", "20M-d0.1", "--json", str(tmp_path / "f.json")]
+    assert recipes_in_parallel.main([*arguments, "--time-limit", "0"]) == recipes_in_parallel.UNFINISHED
+    assert not finished
+    fleet = recipes_in_parallel.Fleet([known_runs()["20M-d0.1"]], [], tmp_path / "f.json", math.inf)
+    with pytest.raises(KeyError, match="dense-20M"):
+        fleet.work(0)
