@@ -111,33 +111,37 @@ class Reservation:
         finally:
             self.seen_least, self.kept_most, self.credit = before
 
-    def ask(self) -> None:
-        """Read lengths and free pages from the device."""
+    def ask(self, also: Tensor | None = None) -> list[int]:
+        """Read lengths and free pages from the device; returns the integers `also` [n], read in the same transfer."""
         cache, pools = self.cache, list(self.cache.pools.values())
-        lengths = torch.cat([*(pool.taken for pool in pools), cache.seen.amin(1), cache.kept.amax(1)]).tolist()
-        taken, lengths = lengths[: len(pools)], lengths[len(pools) :]
-        self.seen_least, self.kept_most = lengths[: cache.layers], lengths[cache.layers :]
+        parts = [*(pool.taken for pool in pools), cache.seen.amin(1), cache.kept.amax(1)]
+        numbers = torch.cat(parts if also is None else [*parts, also]).tolist()
+        taken, lengths, others = numbers[: len(pools)], numbers[len(pools) :], numbers[len(pools) + 2 * cache.layers :]
+        self.seen_least, self.kept_most = lengths[: cache.layers], lengths[cache.layers : 2 * cache.layers]
         # Pages set aside and not yet taken are none to set aside again.
         promised = [(i, *self._most_pages(i, cache.sequences, n)) for i, n in enumerate(self.credit)]
         for (pool, pages), gone in zip(self._shares(promised), taken, strict=True):
             pool.budget.learn(max(0, pool.free.numel() - gone - pages))
+        return others
 
     def _provide(
         self, layers: Sequence[int], sequences: int, tokens: int, exact: Callable[[], tuple[_Needs, int]] | None = None
     ) -> None:
         """Set pages aside for so many tokens more in each chain of these layers and sequences, and widen the table.
 
-        `exact` tells the pages and the longest chain, for when the bounds are more than there is.
+        `exact` asks the device for the pages and the longest chain, for when the bounds are more than there is.
         """
-        for attempt in range(2):
-            if attempt:
-                self.ask()
+
+        def bounds() -> tuple[list[tuple[PagePool, int]], int]:
             shares = self._shares((layer, *self._most_pages(layer, sequences, tokens)) for layer in layers)
-            columns = self._columns(max((self.kept_most[layer] for layer in layers), default=0) + tokens)
-            if columns <= self.cache.table.shape[2] and all(pages <= pool.budget.free for pool, pages in shares):
-                break
-        else:
-            if exact is not None:
+            return shares, self._columns(max((self.kept_most[layer] for layer in layers), default=0) + tokens)
+
+        shares, columns = bounds()
+        if columns > self.cache.table.shape[2] or any(pages > pool.budget.free for pool, pages in shares):
+            if exact is None:
+                self.ask()
+                shares, columns = bounds()
+            else:
                 needs, longest = exact()
                 shares, columns = self._shares(needs), self._columns(longest)
         set_aside(shares)
@@ -176,7 +180,7 @@ class Reservation:
         kept = packed.kept + count_leaving(packed, keep, valid)
         ring = (ring_need - ring_have) * cache.kv_heads
         by_layer = (n.view(len(layers), -1).sum(1) for n in (ring, -(-kept // P) + (-packed.kept // P)))
-        *counts, longest = torch.cat([*by_layer, kept.max()[None]]).tolist()
+        *counts, longest = self.ask(torch.cat([*by_layer, kept.max()[None]]))
         return list(zip(layers, counts[: len(layers)], counts[len(layers) :], strict=True)), longest
 
 

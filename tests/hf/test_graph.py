@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -93,6 +95,38 @@ def test_several_turns_on_one_cache(looping):
             for so_far, cache, cuda_graph in zip(outputs, caches, (True, False), strict=True)
         ]  # fmt: skip
         assert torch.equal(*outputs)
+    assert torch.equal(caches[0].packed.kept, caches[1].packed.kept)
+
+
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    B=st.integers(1, 3),
+    padding=st.lists(st.integers(0, 12), min_size=3, max_size=3),
+    turns=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 24), st.integers(1, 64)), min_size=1, max_size=3),
+    page_dtype=st.sampled_from([None, (None, "int8")]),
+    seed=st.integers(0, 99),
+)
+def test_any_schedule_of_arrivals_turns_and_chunks_gives_the_tokens_of_transformers(
+    looping, B, padding, turns, page_dtype, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+    caches = [spkv.attachment(looping).new_cache(page_dtype=page_dtype) for _ in range(2)]
+    mask = torch.empty(B, 0, dtype=torch.long, device=looping.device)
+    outputs = [mask, mask]
+    for turn, (user, new, chunk) in enumerate(turns):
+        ids = torch.randint(1, 97, (B, user), generator=generator).to(looping.device)
+        real = torch.ones(B, user + outputs[0].shape[1] - mask.shape[1], dtype=torch.long, device=looping.device)
+        if turn == 0:
+            for b in range(B):
+                real[b, : min(padding[b], user - 1)] = 0
+        mask = torch.cat([mask, real], 1)
+        options = GREEDY | dict(max_new_tokens=new, attention_mask=mask, prefill_chunk_size=chunk)
+        outputs = [
+            looping.generate(torch.cat([so_far, ids], 1), past_key_values=cache, cuda_graph=cuda_graph, **options)
+            for so_far, cache, cuda_graph in zip(outputs, caches, (True, False), strict=True)
+        ]
+        assert torch.equal(*outputs)
+    assert torch.equal(caches[0].packed.seen, caches[1].packed.seen)
     assert torch.equal(caches[0].packed.kept, caches[1].packed.kept)
 
 
