@@ -42,7 +42,7 @@ from spkv.checkpoint import load_base, resolve_model
 from spkv.gates import HardGate, OpenGate, RandomGate, SinkGate, ThresholdGate
 from spkv.training import adapt
 from spkv.training.data import PackedRows, spread
-from spkv.training.tokens import Tokens, tokenize_files
+from spkv.training.tokens import Tokens, document_prefix, tokenize_files
 
 THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
 _SINKS = 4
@@ -87,6 +87,7 @@ class Suite:
         self.model = options.model
         tokenizer = AutoTokenizer.from_pretrained(resolve_model(self.model))
         self.held_out: Tokens = tokenize_files([options.validation], tokenizer, progress=False)
+        self.prefix = document_prefix(tokenizer)
 
     def run(self, run: Run) -> None:
         """Train a run and add its rows, or what of them is missing.
@@ -149,7 +150,7 @@ class Suite:
 
     def _rows(self, run: Run) -> Any:
         length = self.options.evaluation_length or run.recipe.sequence_length
-        return spread(PackedRows(self.held_out, length), self.options.validation_tokens)
+        return spread(PackedRows(self.held_out, length, self.prefix), self.options.validation_tokens)
 
     def _data(self, run: Run) -> list[Path]:
         return [*self.options.data, *([self.options.retrieval] if run.retrieval else [])]

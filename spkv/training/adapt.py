@@ -97,7 +97,7 @@ def adapt(
     )
     from spkv.training.result import circumstances, finished_run, save_result
     from spkv.training.sizes import accumulation_steps, base_parameters, check_sizes, default_batch_size
-    from spkv.training.tokens import tokenize_files
+    from spkv.training.tokens import document_prefix, tokenize_files
     from spkv.training.trainer import AdaptationTrainer
 
     if not data:
@@ -114,7 +114,9 @@ def adapt(
         progress_bar = progress and processes.is_local_main_process
         corpora = [
             PackedRows(
-                tokenize_files(files, tokenizer, cache_dir=cache_dir, progress=progress_bar), recipe.sequence_length
+                tokenize_files(files, tokenizer, cache_dir=cache_dir, progress=progress_bar),
+                recipe.sequence_length,
+                document_prefix(tokenizer),
             )
             for files in (data, validation)
             if files

@@ -28,20 +28,25 @@ class PackedRows(Dataset[dict[str, Tensor]]):
     Args:
         tokens: the corpus.
         sequence_length: T, at least 2.
+        prefix: ids that every document begins with (`document_prefix`), for models that are lost without them: in a
+            row that begins inside a document they take the place of its first tokens.
 
     Raises:
-        ValueError: if the corpus does not fill one row.
+        ValueError: if the corpus does not fill one row, or the prefix does.
     """
 
-    def __init__(self, tokens: Tokens, sequence_length: int):
+    def __init__(self, tokens: Tokens, sequence_length: int, prefix: Sequence[int] = ()):
         if sequence_length < 2:
             raise ValueError(f"sequence_length must be at least 2, not {sequence_length}")
+        if len(prefix) >= sequence_length:
+            raise ValueError(f"sequence_length must exceed the {len(prefix)} tokens that begin every text")
         if len(tokens.tokens) < sequence_length:
             raise ValueError(
                 f"the data hold {len(tokens.tokens)} tokens, fewer than one row of {sequence_length}; "
                 "give more text or a smaller sequence_length"
             )
         self.tokens, self.sequence_length = tokens, sequence_length
+        self.prefix = np.asarray(prefix, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.tokens.tokens) // self.sequence_length
@@ -57,9 +62,15 @@ class PackedRows(Dataset[dict[str, Tensor]]):
             raise IndexError(f"row {index} of {len(self)}")
         T = self.sequence_length
         first = index * T
-        ids = torch.from_numpy(self.tokens.tokens[first : first + T].astype(np.int64))
+        row = self.tokens.tokens[first : first + T].astype(np.int64)
         starts = self.tokens.document_starts
-        inner = starts[np.searchsorted(starts, first, "right") : np.searchsorted(starts, first + T)] - first
+        begun = np.searchsorted(starts, first, "right")  # documents that began by here
+        inner = starts[begun : np.searchsorted(starts, first + T)] - first
+        if starts[begun - 1] != first:
+            # What is left of a document may be shorter than the prefix.
+            taken = min(len(self.prefix), inner[0] if len(inner) else T)
+            row[:taken] = self.prefix[:taken]
+        ids = torch.from_numpy(row)
         bounds = np.concatenate([[0], inner.astype(np.int64), [T]])
         lengths = np.diff(bounds)
         segments = np.repeat(np.arange(len(lengths)), lengths)

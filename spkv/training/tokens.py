@@ -135,7 +135,7 @@ def load_tokens(path: str | os.PathLike[str]) -> Tokens:
 
 
 def document_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
-    """Return the ids put before each document (the tokenizer's own bos, if it adds one) and the separator after it.
+    """Return the ids put before each document (`document_prefix`) and the separator after it.
 
     The separator is the token that ended documents in pretraining (`<|endoftext|>` and the like) if the tokenizer
     has one as a special token, else eos.
@@ -143,9 +143,6 @@ def document_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
     Raises:
         ValueError: if the tokenizer has neither.
     """
-    prefix = list(tokenizer("", add_special_tokens=True).input_ids)
-    if prefix and prefix[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id:
-        prefix.pop()
     special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
     names = [name for name in _DOCUMENT_ENDS if name in special]
     separator = tokenizer.eos_token if tokenizer.eos_token in names or not names else names[0]
@@ -153,7 +150,15 @@ def document_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
         raise ValueError(
             "the tokenizer has no token that ends a document: neither eos nor " + ", ".join(_DOCUMENT_ENDS)
         )
-    return prefix, int(tokenizer.get_vocab()[separator])
+    return document_prefix(tokenizer), int(tokenizer.get_vocab()[separator])
+
+
+def document_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids put before each document: the tokenizer's own bos, if it adds one."""
+    prefix = list(tokenizer("", add_special_tokens=True).input_ids)
+    if prefix and prefix[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id:
+        prefix.pop()
+    return prefix
 
 
 def _tokenize(sources: list[Path], tokenizer: PreTrainedTokenizerBase, directory: Path, progress: bool) -> None:

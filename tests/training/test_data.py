@@ -40,6 +40,25 @@ def test_packing(lengths: list[int], sequence_length: int) -> None:
             assert segment[t] == (0 if t == 0 else segment[t - 1] + starts)
 
 
+@given(document_lengths, st.integers(3, 17))
+def test_rows_that_begin_inside_a_document_begin_with_the_prefix(lengths: list[int], sequence_length: int) -> None:
+    if sum(lengths) < sequence_length:
+        return
+    tokens = corpus(lengths)
+    prefix = [1000, 1001]
+    for plain, begun in zip(
+        PackedRows(tokens, sequence_length), PackedRows(tokens, sequence_length, prefix), strict=True
+    ):
+        first, length = int(plain["input_ids"][0]), int((plain["segment_ids"] == 0).sum())
+        taken = 0 if first in tokens.document_starts else min(2, length)
+        assert begun["input_ids"].tolist() == [*prefix[:taken], *plain["input_ids"].tolist()[taken:]]
+        assert torch.equal(begun["segment_ids"], plain["segment_ids"])
+        assert (begun["labels"] == torch.where(plain["labels"] == IGNORED, IGNORED, begun["input_ids"])).all()
+    assert tokens.tokens.tolist() == list(range(sum(lengths)))
+    with pytest.raises(ValueError, match="must exceed the 2 tokens"):
+        PackedRows(tokens, 2, prefix)
+
+
 @given(document_lengths, st.integers(1, 20))
 def test_leaves_window_follows_its_definition(lengths: list[int], window: int) -> None:
     segment = np.repeat(np.arange(len(lengths)), lengths)
