@@ -1,12 +1,16 @@
-"""Filling an example up to the length asked for, measured with the tokenizer that will read it."""
+"""Tasks whose examples are filled up to the length asked for, measured with the tokenizer that will read them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
+from random import Random
 
 from transformers import PreTrainedTokenizerBase
 
-from spkv.evals.task import Example
+from spkv.evals.task import Example, Question
+from spkv.evals.tasks.scores import string_match_all
 
 # An example that leaves no more than this share of the length unused is full.
 _SLACK = 1 / 200
@@ -31,6 +35,38 @@ def check_count(count: int) -> None:
     """Raise a ValueError unless `count` examples can be asked for."""
     if count < 1:
         raise ValueError(f"count must be at least 1 example, not {count}")
+
+
+class FilledTask(ABC):
+    """A task whose examples grow with the pieces that they are filled with, such as words of a haystack.
+
+    Attributes:
+        name: the task's.
+        note: what a reader of its scores should know, such as where the text is from.
+        least: pieces that an example needs.
+    """
+
+    name: str
+    note: str = ""
+    least: int = 0
+
+    @abstractmethod
+    def build(self, seed: int, index: int, length: int, pieces: int) -> Example:
+        """Make an example with a number of pieces, the same whenever the arguments are."""
+
+    def examples(self, tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int) -> Sequence[Example]:
+        check_count(count)
+        filler = Filler(tokenizer, length)
+        # A piece takes one token at least, so there are never more pieces than tokens.
+        most = max(length, self.least)
+        return [filler.fill(partial(self.build, seed, index, length), self.least, most) for index in range(count)]
+
+    def score(self, answer: str, question: Question) -> float:
+        return string_match_all(answer, question.references)
+
+    def random(self, *key: int | str) -> Random:
+        """The random numbers of one example, or of whatever else `key` names."""
+        return Random(" ".join(map(str, (self.name, *key))))
 
 
 class Filler:

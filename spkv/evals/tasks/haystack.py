@@ -38,7 +38,7 @@ class Haystack:
             ValueError: if the text is empty.
         """
         self._read(start + count)
-        if not self._words:
+        if count and not self._words:
             raise ValueError(f"the haystack, {self.source}, holds no words")
         total = len(self._words)
         if start + count <= total:
