@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from spkv.evals.task import Task
@@ -15,7 +15,7 @@ from spkv.evals.tasks.fill import count_tokens
 from spkv.evals.tasks.gsm8k import WordProblems
 from spkv.evals.tasks.haystack import Haystack, load_haystack
 from spkv.evals.tasks.niah import NeedleInHaystack
-from spkv.evals.tasks.ruler_niah import RulerNeedles
+from spkv.evals.tasks.ruler_niah import FORMS, RulerNeedles
 from spkv.evals.tasks.ruler_qa import DocumentQuestions
 from spkv.evals.tasks.ruler_vt import VariableTracking
 from spkv.evals.tasks.ruler_words import CommonWords, FrequentWords
@@ -50,30 +50,27 @@ class TaskOptions:
         return load_haystack(self.essays)
 
 
+def _needles(name: str, options: TaskOptions) -> Task:
+    return RulerNeedles(name, options.haystack)
+
+
+def _questions(name: str, options: TaskOptions) -> Task:
+    return DocumentQuestions(name, options.qa, options.haystack)
+
+
 TASKS: dict[str, Callable[[TaskOptions], Task]] = {
     "niah": lambda options: NeedleInHaystack(options.haystack, options.depths),
     "turns": lambda options: Turns(options.haystack, options.turns),
-    "niah_single_1": lambda options: RulerNeedles("niah_single_1", options.haystack),
-    "niah_single_2": lambda options: RulerNeedles("niah_single_2", options.haystack),
-    "niah_single_3": lambda options: RulerNeedles("niah_single_3", options.haystack),
-    "niah_multikey_1": lambda options: RulerNeedles("niah_multikey_1", options.haystack),
-    "niah_multikey_2": lambda options: RulerNeedles("niah_multikey_2", options.haystack),
-    "niah_multikey_3": lambda options: RulerNeedles("niah_multikey_3", options.haystack),
-    "niah_multivalue": lambda options: RulerNeedles("niah_multivalue", options.haystack),
-    "niah_multiquery": lambda options: RulerNeedles("niah_multiquery", options.haystack),
+    "gsm8k": lambda options: WordProblems(options.gsm8k, options.shots, shots_from_file=options.shots_from_file),
+    **{name: partial(_needles, name) for name in FORMS},
     "vt": lambda options: VariableTracking(),
     "cwe": lambda options: CommonWords(),
     "fwe": lambda options: FrequentWords(),
-    "qa_1": lambda options: DocumentQuestions("qa_1", options.qa, options.haystack),
-    "qa_2": lambda options: DocumentQuestions("qa_2", options.qa, options.haystack),
-    "gsm8k": lambda options: WordProblems(options.gsm8k, options.shots, shots_from_file=options.shots_from_file),
+    **{name: partial(_questions, name) for name in ("qa_1", "qa_2")},
 }
-_RULER = tuple(name for name in TASKS if name not in ("niah", "turns", "gsm8k"))
-# The eleven tasks of RULER that need no file, and all thirteen.
-GROUPS: dict[str, tuple[str, ...]] = {
-    "ruler": _RULER,
-    "ruler_synthetic": tuple(name for name in _RULER if not name.startswith("qa")),
-}
+_RULER = (*FORMS, "vt", "cwe", "fwe", "qa_1", "qa_2")
+# All thirteen tasks of RULER, and the eleven that need no file.
+GROUPS: dict[str, tuple[str, ...]] = {"ruler": _RULER, "ruler_synthetic": _RULER[:-2]}
 
 
 def make_tasks(names: Sequence[str], options: TaskOptions | None = None) -> list[Task]:
@@ -82,6 +79,7 @@ def make_tasks(names: Sequence[str], options: TaskOptions | None = None) -> list
     Raises:
         ValueError: for an unknown name, or an option outside its range.
         FileNotFoundError: for data that a task needs and does not find.
+        ModuleNotFoundError: without the package that a task draws its words from.
     """
     unknown = [name for name in names if name not in TASKS and name not in GROUPS]
     if unknown or not names:

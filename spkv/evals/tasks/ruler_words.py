@@ -55,7 +55,7 @@ class CommonWords(FilledTask):
 
     def _list(self, rng: Random, different: int, common_repeats: int, other_repeats: int) -> tuple[str, list[str]]:
         words = rng.sample(self._words, min(different, len(self._words)))
-        # Lists that need more words than there are, at lengths beyond 128k, go on with pairs of them.
+        # Near 128k tokens a list may need more words than there are, and goes on with pairs of them.
         while len(words) < different:
             words.append("-".join(rng.sample(self._words, 2)))
         common, others = words[:_COMMON], words[_COMMON:]

@@ -108,6 +108,15 @@ def test_the_context_answers(made, name):
 
 
 @pytest.mark.parametrize("name", TASKS)
+def test_answers_fit_in_what_may_be_generated(made, name):
+    for example in made(name)[1]:
+        for question in example.questions:
+            # Even written byte by byte. Of the question answering's references one is enough.
+            answer = question.references[0] if name.startswith("qa") else " ".join(question.references)
+            assert len(" " + answer) <= question.max_new_tokens
+
+
+@pytest.mark.parametrize("name", TASKS)
 def test_questions_do_not_give_answers_away(made, name):
     task, examples = made(name)
     assert mean_score(task, examples, lambda context, prompt: prompt) == 0

@@ -37,13 +37,13 @@ def test_final_numbers(text, number):
     assert final_number(text) == (None if number is None else Decimal(number))
 
 
-def test_scores_compare_numbers():
-    task_score = WordProblems.score
+def test_scores_compare_numbers(options):
+    task = WordProblems(options.gsm8k)
     question = Question("", ("1,200",), 8)
     for right in ("#### 1200", "so 1,200.00", "$1200"):
-        assert task_score(None, right, question) == 1
+        assert task.score(right, question) == 1
     for wrong in ("#### 120", "", "1200 or 1300"):
-        assert task_score(None, wrong, question) == 0
+        assert task.score(wrong, question) == 0
 
 
 @pytest.mark.parametrize("shot", SHOTS)
