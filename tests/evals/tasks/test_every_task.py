@@ -141,7 +141,12 @@ def test_lengths_are_used_and_kept(made, tokenizer, name):
     _, examples = made(name)
     assert len(examples) == COUNT
     for example in examples:
-        assert 0.9 * LENGTH <= count_tokens(tokenizer, example) <= LENGTH
+        texts = [example.context, *(question.prompt for question in example.questions)]
+        answers = sum(question.max_new_tokens for question in example.questions)
+        # One token a byte, one that opens the context, and room for the answers.
+        tokens = 1 + sum(len(text.encode()) for text in texts) + answers
+        assert count_tokens(tokenizer, example) == tokens
+        assert 0.9 * LENGTH <= tokens <= LENGTH
 
 
 @pytest.mark.parametrize("name", TASKS)

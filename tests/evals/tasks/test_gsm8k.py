@@ -71,12 +71,12 @@ def test_prompts(options, tokenizer):
 
 
 def test_shots_from_the_file_are_not_asked(options, tokenizer):
-    task = WordProblems(options.gsm8k, 100, shots_from_file=True)
-    assert task.note == "problems from sums.jsonl, 100 shots from the same file"
-    examples = task.examples(tokenizer, 20_000, 200, 0)
+    task = WordProblems(options.gsm8k, 20, shots_from_file=True)
+    assert task.note == "problems from sums.jsonl, 20 shots from the same file"
+    examples = task.examples(tokenizer, LENGTH, 280, 0)
     shots = {block.partition("\nAnswer:")[0] for block in examples[0].context.split("\n\n")[:-1]}
     asked = {example.context.split("\n\n")[-1] for example in examples}
-    assert (len(shots), len(asked), shots & asked) == (100, 200, set())
+    assert (len(shots), len(asked), shots & asked) == (20, 280, set())
     # The marks of the calculator are left out.
     assert "<<" not in examples[0].context
     assert "=" in examples[0].context

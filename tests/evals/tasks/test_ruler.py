@@ -63,6 +63,22 @@ def test_needles_in_essays(options, tokenizer, name, needle, count, answers):
         assert task.note == "haystack: essays.txt"
 
 
+def test_any_of_the_needles_is_asked_for(options, tokenizer):
+    pytest.importorskip("wonderwords")
+    several, every = make_tasks(["niah_multikey_1", "niah_multiquery"], options)
+    ranks = set()
+    for example in several.examples(tokenizer, 3000, 20, 0):
+        values = re.findall(r"One of the special magic numbers for .+? is: (\d+)\.", example.context)
+        ranks.add(values.index(example.questions[0].references[0]))
+    assert ranks == {0, 1, 2, 3}
+    # Nor are they asked for in the order of the text.
+    orders = set()
+    for example in every.examples(tokenizer, 3000, 10, 0):
+        values = re.findall(r"One of the special magic numbers for .+? is: (\d+)\.", example.context)
+        orders.add(tuple(map(values.index, example.questions[0].references)))
+    assert len(orders) > 5
+
+
 def test_needles_among_repeated_lines(options, tokenizer):
     pytest.importorskip("wonderwords")
     [task] = make_tasks(["niah_single_1"], options)
@@ -152,16 +168,20 @@ def test_scores_are_the_published_ones(options):
 def test_questions_are_told_apart_by_their_documents(options, tokenizer):
     one, several = make_tasks(["qa_1", "qa_2"], options)
     assert one.note == several.note == "substitute: questions from qa.jsonl"
-    for task, documents in ((one, 1), (several, 2)):
+    for task, pattern in ((one, "Town {} "), (several, "The mayor of city {} |The horse of M{}x ")):
         examples = task.examples(tokenizer, 16_000, 10, 0)
         assert len({example.questions[0].prompt for example in examples}) == 10
+        places = set()
         for example in examples:
             number = re.search(r"(?:town|city) (\d+)", example.questions[0].prompt)[1]
-            own = [body for body in bodies(example) if re.match(rf"Town {number} |.* (city |M){number}(x| )", body)]
-            assert len(own) >= documents
+            own = [bool(re.match(pattern.replace("{}", number), body)) for body in bodies(example)]
+            assert sum(own) == (1 if task is one else 2)
+            places.add(own.index(True))
             assert example.questions[0].prompt.endswith(" Answer:")
-            # The file's own documents come first, then passages of the haystack.
+            # All of the file's documents are used, and then passages of the haystack.
             assert any("times before" in body for body in bodies(example))
+            assert len(set(bodies(example))) == len(bodies(example)) > 150
+        assert len(places) > 5
 
 
 def test_documents_of_the_file_are_used_before_the_haystack(options, tokenizer):
@@ -169,6 +189,17 @@ def test_documents_of_the_file_are_used_before_the_haystack(options, tokenizer):
     [example] = task.examples(tokenizer, 4000, 1, 0)
     assert all(re.match(r"(Town|The mayor|The horse)( |$)", body) for body in bodies(example))
     assert len(set(bodies(example))) == len(bodies(example))
+
+
+def test_long_documents_are_cut_to_fit(options, write_lines):
+    records = [
+        {"question": "What?", "answers": ["It"], "documents": ["It was it."]},
+        {"question": "Who?", "answers": ["I"], "documents": ["a long tale " * 2000]},
+    ]
+    [task] = make_tasks(["qa_1"], replace(options, qa=write_lines("long.jsonl", records)))
+    examples = [task.build(0, index, 4000, 500) for index in range(2)]
+    [example] = [example for example in examples if example.questions[0].references == ("It",)]
+    assert sorted(len(body.split()) for body in bodies(example)) == [3, 500]
 
 
 def bodies(example) -> list[str]:
