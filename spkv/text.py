@@ -12,8 +12,9 @@ import json
 import lzma
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 TEXT_FIELD = "text"
 
@@ -58,20 +59,29 @@ def read_documents(path: Path) -> Iterator[tuple[str, int]]:
     if path.is_dir():
         yield from _read_dataset(path)
         return
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    decompress = _DECOMPRESS.get(suffixes[-1]) if suffixes else None
-    kind = ["", *suffixes][-1 if decompress is None else -2]
-    with path.open("rb") as raw:
-        stream: Iterable[bytes] = raw if decompress is None else decompress(raw)
-        try:
-            if kind in _JSON_LINES:
-                for number, line in enumerate(stream, 1):
-                    if line.strip():
-                        yield _json_text(line, path, number), raw.tell()
-            else:
-                yield _decoded(b"".join(stream), str(path)), raw.tell()
-        except (gzip.BadGzipFile, lzma.LZMAError, EOFError) as error:
-            raise ValueError(f"{path} is damaged or no {path.suffix} file: {error}") from error
+    with _open(path) as (raw, stream, kind):
+        if kind in _JSON_LINES:
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    yield _json_text(line, path, number), raw.tell()
+        else:
+            yield _decoded(b"".join(stream), str(path)), raw.tell()
+
+
+def read_records(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield each object of a file of JSON lines, whatever its fields, with the number of its line.
+
+    Raises:
+        FileNotFoundError, ValueError: for a file that is missing or holds something else.
+    """
+    path = Path(path)
+    check_readable(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory; objects are read from a file of JSON lines")
+    with _open(path) as (_, stream, _):
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                yield number, _json_object(line, path, number)
 
 
 def read_document(path: str | os.PathLike[str]) -> str:
@@ -88,11 +98,35 @@ def read_document(path: str | os.PathLike[str]) -> str:
     raise ValueError(f"{path} holds no text")
 
 
-def _json_text(line: bytes, path: Path, number: int) -> str:
+@contextmanager
+def _open(path: Path) -> Iterator[tuple[BinaryIO, Iterable[bytes], str]]:
+    """Open a file: what lies on disk, its lines decompressed, and the suffix that says what they are."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    decompress = _DECOMPRESS.get(suffixes[-1]) if suffixes else None
+    kind = ["", *suffixes][-1 if decompress is None else -2]
+    with path.open("rb") as raw:
+        try:
+            yield raw, raw if decompress is None else decompress(raw), kind
+        except (gzip.BadGzipFile, lzma.LZMAError, EOFError) as error:
+            raise ValueError(f"{path} is damaged or no {path.suffix} file: {error}") from error
+
+
+def _json(line: bytes, path: Path, number: int) -> Any:
     try:
-        record = json.loads(_decoded(line, f"{path}, line {number}"))
+        return json.loads(_decoded(line, f"{path}, line {number}"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+
+
+def _json_object(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    record = _json(line, path, number)
+    if isinstance(record, dict):
+        return record
+    raise ValueError(f"{path}, line {number} must be an object, not {type(record).__name__}")
+
+
+def _json_text(line: bytes, path: Path, number: int) -> str:
+    record = _json(line, path, number)
     if isinstance(record, dict) and isinstance(record.get(TEXT_FIELD), str):
         return record[TEXT_FIELD]
     given = f"one with {sorted(record)}" if isinstance(record, dict) else type(record).__name__

@@ -1,11 +1,12 @@
 """Reading single documents. (How files are read is tested with the training data, which come through the same code.)"""
 
+import gzip
 import json
 import lzma
 
 import pytest
 
-from spkv.text import read_document
+from spkv.text import read_document, read_records
 
 
 def test_the_first_document_that_is_not_blank(tmp_path):
@@ -30,3 +31,28 @@ def test_bad_files_are_named(tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8 text"):
         read_document(tmp_path / "latin.txt")
+
+
+def test_records_have_any_fields(tmp_path):
+    path = tmp_path / "questions.jsonl.gz"
+    with gzip.open(path, "wt") as stream:
+        stream.write('{"question": "Why?"}\n\n{"answer": [1]}\n')
+    assert list(read_records(path)) == [(1, {"question": "Why?"}), (3, {"answer": [1]})]
+
+
+def test_bad_records_are_named(tmp_path):
+    (tmp_path / "list.jsonl").write_text("{}\n[1]\n")
+    with pytest.raises(ValueError, match=r"list\.jsonl, line 2 must be an object, not list"):
+        list(read_records(tmp_path / "list.jsonl"))
+    (tmp_path / "bad.jsonl").write_text("{\n")
+    with pytest.raises(ValueError, match=r"bad\.jsonl, line 1 is not JSON"):
+        list(read_records(tmp_path / "bad.jsonl"))
+    (tmp_path / "bad.jsonl.xz").write_text("{}")
+    with pytest.raises(ValueError, match=r"bad\.jsonl\.xz is damaged or no \.xz file"):
+        list(read_records(tmp_path / "bad.jsonl.xz"))
+    with pytest.raises(FileNotFoundError, match=r"no such data file: .*absent"):
+        list(read_records(tmp_path / "absent"))
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "state.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"saved is a directory; objects are read from a file of JSON lines"):
+        list(read_records(tmp_path / "saved"))
