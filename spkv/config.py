@@ -83,13 +83,13 @@ class SPKVConfig:
 
 def check_page_dtype(page_dtype: PageDtype) -> str | tuple[str | None, ...] | None:
     """Return `page_dtype`, None or one of `PAGE_DTYPES` or a sequence of them, else raise a ValueError."""
-    if isinstance(page_dtype, (list, tuple)):
-        for own in page_dtype:
-            check_page_dtype(own)
-        return tuple(page_dtype)
-    if page_dtype is not None and page_dtype not in PAGE_DTYPES:
-        raise ValueError(f"page_dtype must be None or one of {', '.join(PAGE_DTYPES)}, not {page_dtype!r}")
-    return page_dtype  # type: ignore[return-value]
+    one_each = page_dtype if isinstance(page_dtype, (list, tuple)) and page_dtype else [page_dtype]
+    if any(own is not None and (not isinstance(own, str) or own not in PAGE_DTYPES) for own in one_each):
+        raise ValueError(
+            f"page_dtype must be None or one of {', '.join(PAGE_DTYPES)}, or a list of these, one for each layer; "
+            f"not {page_dtype!r}"
+        )
+    return page_dtype if page_dtype is None or isinstance(page_dtype, str) else tuple(page_dtype)
 
 
 def check_threshold(threshold: float) -> float:

@@ -27,8 +27,16 @@ def test_a_config_survives_json():
     ("fields", "error", "message"),
     [
         ({"window": 0}, ValueError, "window must be at least 1, not 0"),
-        ({"page_dtype": ["int8", "int3"]}, ValueError, "one of int8, fp8, int4, not 'int3'"),
-        ({"page_dtype": "int3"}, ValueError, "page_dtype must be None or one of int8, fp8, int4, not 'int3'"),
+        (
+            {"page_dtype": ["int8", "int3"]},
+            ValueError,
+            "or a list of these, one for each layer; not .*int3",
+        ),
+        (
+            {"page_dtype": "int3"},
+            ValueError,
+            "one of int8, fp8, int4, or a list of these, .*; not 'int3'",
+        ),
         ({"window": 1.5}, TypeError, "window must be a whole number of at least 1, not 1.5"),
         ({"window": True}, TypeError, "not True"),
         ({"threshold": 0.0}, ValueError, "strictly between 0 and 1, not 0.0"),

@@ -1,4 +1,4 @@
-"""The packed cache: rings and kept chains of all layers in one pool of pages.
+"""The packed cache: rings and kept chains of all layers in pools of pages, one for each way of keeping pairs.
 
 Legend: B sequences, H query heads, Hkv KV heads, C = B * Hkv chains, P pairs in a page, D head size, w window.
 
@@ -37,7 +37,8 @@ class PackedCache:
         kv_heads: Hkv, equal in all layers.
         window: w.
         page_size: P.
-        max_memory: bytes that the pages may take at most; None for no bound.
+        max_memory: bytes that the pages may take at most, of all kinds together; None for no bound. (On a GPU each
+            growth takes up to one page more, to begin where a page can.) Kinds of pages do not exchange memory.
         page_dtype: "int8", "fp8" or "int4" code pairs when they leave the window (see `spkv.ops.codec`), and keep
             them in a pool of their own; None keeps them as they are. A sequence has one of them for each layer.
         slabs: whether the pool grows in slabs that stay where they are, which only Triton's kernels can read; if not,
@@ -146,14 +147,14 @@ class PackedCache:
             if query.shape[2] > 1:
                 out = pruned_prefill(query, key, value, keep, window=self.window, past=packed, valid=valid, **options)
             moves = self.moves
-            self._reservation.write(layer, rows, keep, valid)
+            self._reservation.for_write(layer, rows, keep, valid)
             if self.moves != moves:
                 packed = self.layer(layer, rows)
+            write(packed, key.detach(), value.detach(), keep, valid)
+            return packed_decode(query, packed, **options) if out is None else out
         except (PoolFullError, torch.OutOfMemoryError):
             self._incomplete.update(rows)
             raise
-        write(packed, key.detach(), value.detach(), keep, valid)
-        return packed_decode(query, packed, **options) if out is None else out
 
     def layer(self, layer: int, rows: range | None = None) -> PackedLayer:
         """The storage of one layer, as the operators take it, of all sequences or of a range.
@@ -216,7 +217,7 @@ class PackedCache:
             PoolFullError: if not even the next token surely fits. Nothing has changed then.
         """
         self._refuse_incomplete(range(self.sequences))
-        return self._reservation.tokens(tokens)
+        return self._reservation.for_steps(tokens)
 
     def spend(self, tokens: int) -> None:
         """Every sequence has taken at most `tokens` single tokens in every layer, without `attend` (a CUDA graph)."""
@@ -255,13 +256,18 @@ class PackedCache:
         self._incomplete.difference_update(sequences)
 
     def select(self, indices: Tensor) -> None:
-        """Make sequence i what sequence indices[i] was; sequences not named are dropped (beam search)."""
+        """Make sequence i what sequence indices[i] was; sequences not named are dropped (beam search).
+
+        Raises:
+            PoolFullError: if the copies would exceed `max_memory`. The sequences not named are dropped all the same.
+        """
         if not self.sequences:
             return
         wanted: list[int] = indices.tolist()
         self._check_sequences(wanted)
         self.drop([i for i in range(self.sequences) if i not in wanted])
         self._reservation.cancel()
+        self._hold_rings_back(self.pools, len(wanted))
         # A sequence's first use keeps its pages, every further use copies them.
         repeated = [n for n, i in enumerate(wanted) if i in wanted[:n]]
         used = {i: self._split(self._columns_in_use([i])) for i in {wanted[n] for n in repeated}}
@@ -323,7 +329,8 @@ class PackedCache:
             raise ValueError(f"the state's layers have page_dtypes {coded}, and those of this cache {self.page_dtypes}")
         self.reset()
         pages = state["pool"]
-        self.allocate(pages.new_empty(state["seen"].shape[1], self.kv_heads, 0, pages.shape[-1]))
+        with torch.no_grad():
+            self.allocate(pages.new_empty(state["seen"].shape[1], self.kv_heads, 0, pages.shape[-1]))
         for name in ("table", "seen", "kept", "ring_keep"):
             setattr(self, name, state[name].clone())
         used = self._columns_in_use(list(range(self.sequences)))
@@ -334,8 +341,8 @@ class PackedCache:
                 ids = pool.take(pages.shape[0])
                 pool.scatter(ids, pages)
                 self.table[mine] = ids[self.table[mine].long()]
-        except PoolFullError:
-            self.reset()
+        except BaseException:
+            self.reset()  # a part of a state would look like a whole one
             raise
         self._reservation.ask()
 
@@ -350,7 +357,7 @@ class PackedCache:
             reasons = [limits.model(D, group, key.dtype, key.device)]
             reasons += [limits.codec(name, D, key.device) for name in self._codecs]
             # Gradients want implementations that find pages by index.
-            slabs = key.is_cuda and not any(reasons) and not (torch.is_grad_enabled() and key.requires_grad)
+            slabs = key.is_cuda and not any(reasons) and not torch.is_grad_enabled()
         bound = MemoryBound(self.max_memory)
         pools: dict[str | None, PagePool] = {
             None: PagePool((2, self.page_size, D), key.dtype, key.device, slabs, bound)
@@ -359,9 +366,11 @@ class PackedCache:
             if reason := coded.obstacle(D):
                 raise ValueError(f"page_dtype={name!r}: {reason}")
             pools[name] = PagePool((coded.page_bytes(self.page_size, D),), torch.uint8, key.device, slabs, bound)
-        largest = max(pool.page_bytes for pool in pools.values())
-        if self.max_memory is not None and self.max_memory < largest:
-            raise ValueError(f"max_memory is {self.max_memory} bytes, and a page takes {largest}")
+        rings = self._hold_rings_back(pools, B)
+        largest = max(pool.page_bytes for name, pool in pools.items() if name is not None or not rings)
+        if self.max_memory is not None and self.max_memory < rings + largest:
+            beside = f" beside the windows' {rings} bytes" if rings else ""
+            raise ValueError(f"max_memory is {self.max_memory} bytes, and a page takes {largest}{beside}")
         self.pools = pools
         self.table = torch.zeros(self.layers, B * Hkv, self.ring_pages, dtype=torch.int32, device=key.device)
         self.seen = torch.zeros(self.layers, B, dtype=torch.int32, device=key.device)
@@ -369,6 +378,17 @@ class PackedCache:
         self.ring_keep = torch.zeros(self.layers, B * Hkv, self.window, dtype=torch.bool, device=key.device)
         self.sequences = B
         self._moves += 1
+
+    def _hold_rings_back(self, pools: dict[str | None, PagePool], sequences: int) -> int:
+        """Let no pool of coded pairs grow into the room of the rings, whose size is known; returns their bytes.
+
+        Memory does not go back from one pool to another, and a sequence could never begin otherwise.
+        """
+        if len(pools) == 1:
+            return 0
+        rings = pools[None].budget
+        rings.held_back = self.layers * sequences * self.kv_heads * self.ring_pages
+        return rings.held_back * rings.page_bytes
 
     def _rows(self, sequences: slice | None) -> range:
         rows = range(self.sequences)[slice(None) if sequences is None else sequences]
@@ -406,8 +426,8 @@ class PackedCache:
         in_ring = torch.arange(used.shape[-1], device=used.device) < self.ring_pages
         parts = []
         for name, pool in self.pools.items():
-            coded_so = torch.tensor([own == name for own in self.page_dtypes], device=used.device)[:, None, None]
-            parts.append((pool, used & (coded_so | in_ring if name is None else coded_so & ~in_ring)))
+            own = torch.tensor([kind == name for kind in self.page_dtypes], device=used.device)[:, None, None]
+            parts.append((pool, used & (own | in_ring if name is None else own & ~in_ring)))
         return parts
 
     def _chains(self, sequences: list[int]) -> list[int]:

@@ -22,17 +22,21 @@ class PoolFullError(RuntimeError):
 
 
 class MemoryBound:
-    """The bytes that all pages of a cache take, and may take.
+    """The bytes that the pages of several pools may take together.
 
     Attributes:
         most: the bound, or None.
-        used: by pages in use and free ones.
+        budgets: those of the pools.
     """
 
     def __init__(self, most: int | None = None):
         if most is not None and most < 1:
             raise ValueError(f"max_memory must be at least 1 or None, not {most}")
-        self.most, self.used = most, 0
+        self.most, self.budgets = most, list[PageBudget]()
+
+    def used(self) -> int:
+        """Bytes of all pages, free ones and those held back included."""
+        return sum(budget.used() for budget in self.budgets)
 
 
 class PageBudget:
@@ -43,11 +47,17 @@ class PageBudget:
         bound: on the bytes, shared with other pools.
         capacity: pages in the pool, free or in use.
         free: pages that are free at least.
+        held_back: pages that other pools must leave room for, in the pool already or not.
     """
 
     def __init__(self, page_bytes: int, bound: MemoryBound | None = None):
         self.page_bytes, self.bound = page_bytes, bound or MemoryBound()
-        self.capacity, self.free = 0, 0
+        self.capacity, self.free, self.held_back = 0, 0, 0
+        self.bound.budgets.append(self)
+
+    def used(self, more: int = 0) -> int:
+        """Bytes that count against the bound, if `more` pages were added."""
+        return max(self.capacity + more, self.held_back) * self.page_bytes
 
     def spend(self, count: int) -> None:
         """Set `count` pages aside, of those that are known to be free."""
@@ -63,7 +73,6 @@ class PageBudget:
         """`count` free pages were added."""
         self.capacity += count
         self.free += count
-        self.bound.used += count * self.page_bytes
 
 
 def plan_growth(needs: Sequence[tuple[PageBudget, int, int]]) -> list[int]:
@@ -76,20 +85,19 @@ def plan_growth(needs: Sequence[tuple[PageBudget, int, int]]) -> list[int]:
     Raises:
         PoolFullError: if the bound does not allow the pages that are missing.
     """
-    missing = [max(0, count - budget.free) for budget, count, _ in needs]
-    needed = sum(pages * budget.page_bytes for pages, (budget, _, _) in zip(missing, needs, strict=True))
+    growth = [max(0, count - budget.free) for budget, count, _ in needs]
     bound = needs[0][0].bound
-    room = None if bound.most is None else bound.most - bound.used
-    if room is not None and needed and needed > room:
+    needed = sum(budget.used(pages) - budget.used() for pages, (budget, _, _) in zip(growth, needs, strict=True))
+    left = None if bound.most is None else bound.most - bound.used() - needed
+    if left is not None and needed and left < 0:
         raise PoolFullError(
-            f"{sum(missing)} more pages ({needed} bytes) are needed, and {max(0, room)} of max_memory's {bound.most} "
-            "bytes are left; raise max_memory, or use fewer or shorter sequences"
+            f"{sum(growth)} more pages ({needed} bytes) are needed, and {max(0, left + needed)} of max_memory's "
+            f"{bound.most} bytes are left; raise max_memory, or use fewer or shorter sequences"
         )
-    growth = []
-    for pages, (budget, _, wanted) in zip(missing, needs, strict=True):
-        spare = max(0, wanted - pages) if pages else 0
-        if room is not None:
-            spare = min(spare, (room - needed) // budget.page_bytes)
-            room -= spare * budget.page_bytes
-        growth.append(pages + spare)
+    for index, (budget, _, wanted) in enumerate(needs):
+        spare = max(0, wanted - growth[index]) if growth[index] else 0
+        if left is not None:
+            spare = max(0, min(spare, left // budget.page_bytes))
+            left -= spare * budget.page_bytes
+        growth[index] += spare
     return growth

@@ -81,7 +81,16 @@ class PagePool:
         return max(int(capacity * _GROWTH), least)
 
     def grow(self, count: int) -> None:
-        """Add `count` free pages."""
+        """Add `count` free pages. Whatever fails here, the host believes in no page that is not there."""
+        capacity = self.budget.capacity + count
+        if capacity > self.free.numel():
+            # Twice as long, so that this is rare. An entry is a small fraction of a page.
+            longer = self.free.new_empty(max(2 * self.free.numel(), capacity, _LEAST_STACK))
+            added = longer.numel() - self.free.numel()
+            longer[added:] = self.free
+            self.free = longer
+            self.taken += added
+            self.moves += 1
         if self.slabs:
             first = self._new_slab(count)
         else:
@@ -90,16 +99,8 @@ class PagePool:
             pages[:first] = self.pages
             self.pages = pages
             self.moves += 1
-        self.budget.grow(count)
-        if self.budget.capacity > self.free.numel():
-            # Twice as long, so that this is rare. An entry is a small fraction of a page.
-            longer = self.free.new_empty(max(2 * self.free.numel(), self.budget.capacity, _LEAST_STACK))
-            added = longer.numel() - self.free.numel()
-            longer[added:] = self.free
-            self.free = longer
-            self.taken += added
-            self.moves += 1
         self.give(torch.arange(first, first + count, dtype=torch.int32, device=self.free.device))
+        self.budget.grow(count)
 
     def give(self, ids: Tensor) -> None:
         """Put pages back on the stack: [n] int32."""
@@ -160,7 +161,8 @@ def set_aside(shares: Sequence[tuple[PagePool, int]]) -> None:
         PoolFullError: if the bound does not allow it.
     """
     growth = plan_growth([(pool.budget, count, pool.usual_growth()) for pool, count in shares])
-    for (pool, count), added in zip(shares, growth, strict=True):
+    for (pool, _), added in zip(shares, growth, strict=True):
         if added:
             pool.grow(added)
+    for pool, count in shares:
         pool.budget.spend(count)

@@ -9,7 +9,7 @@ Legend: B sequences, Hkv KV heads, P pairs in a page, w window.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from spkv.cache.pages import PoolFullError
 from spkv.cache.pool import PagePool, set_aside
-from spkv.ops.packed import PackedLayer
 from spkv.ops.reference import count_leaving
 
 if TYPE_CHECKING:
@@ -38,10 +37,12 @@ class Reservation:
     """
 
     def __init__(self, cache: PackedCache) -> None:
-        self.cache = cache
+        # Not a reference of its own: a cycle would keep the pages of a cache that nobody uses until Python looks for
+        # cycles, and it does not know how much memory they are.
+        self.cache: PackedCache = weakref.proxy(cache)
         self.seen_least, self.kept_most, self.credit = ([0] * cache.layers for _ in range(3))
 
-    def write(self, layer: int, rows: range, keep: Tensor, valid: Tensor | None) -> None:
+    def for_write(self, layer: int, rows: range, keep: Tensor, valid: Tensor | None) -> None:
         """Provide for a pass of one layer over a range of sequences: keep [B, Hkv, T], valid [B, T] or None."""
         tokens, page_size = keep.shape[2], self.cache.page_size
 
@@ -64,7 +65,7 @@ class Reservation:
         if valid is None and len(rows) == self.cache.sequences:
             self.seen_least[layer] += tokens
 
-    def tokens(self, tokens: int) -> int:
+    def for_steps(self, tokens: int) -> int:
         """Provide for single tokens of all sequences and layers; see `PackedCache.prepare`."""
         cache = self.cache
         if min(self.credit) >= tokens:
@@ -171,25 +172,15 @@ class Reservation:
 
         Waits for the device.
         """
-        cache, P = self.cache, self.cache.page_size
-        packed = _side_by_side([cache.layer(layer, rows) for layer in layers])
-        keep = keep.repeat(len(layers), 1, 1)
-        valid = None if valid is None else valid.repeat(len(layers), 1)
-        arriving = torch.full_like(packed.seen, keep.shape[2]) if valid is None else valid.sum(1).to(packed.seen)
-        ring_have, ring_need = (-(-n.clamp_max(cache.window) // P) for n in (packed.seen, packed.seen + arriving))
-        kept = packed.kept + count_leaving(packed, keep, valid)
-        ring = (ring_need - ring_have) * cache.kv_heads
-        by_layer = (n.view(len(layers), -1).sum(1) for n in (ring, -(-kept // P) + (-packed.kept // P)))
-        *counts, longest = self.ask(torch.cat([*by_layer, kept.max()[None]]))
-        return list(zip(layers, counts[: len(layers)], counts[len(layers) :], strict=True)), longest
-
-
-def _side_by_side(layers: list[PackedLayer]) -> PackedLayer:
-    """Layers as one, with the sequences of all."""
-
-    def join(name: str) -> Tensor:
-        return torch.cat([getattr(layer, name) for layer in layers])
-
-    return dataclasses.replace(
-        layers[0], table=join("table"), seen=join("seen"), kept=join("kept"), ring_keep=join("ring_keep")
-    )
+        cache, P, L, layers = self.cache, self.cache.page_size, len(layers), list(layers)
+        chains = slice(rows.start * cache.kv_heads, rows.stop * cache.kv_heads)
+        # Layers side by side, as if their sequences were as many more.
+        seen = cache.seen[layers, rows.start : rows.stop].flatten()
+        kept = cache.kept[layers, chains].flatten()
+        keep, valid = keep.repeat(L, 1, 1), None if valid is None else valid.repeat(L, 1)
+        arriving = torch.full_like(seen, keep.shape[2]) if valid is None else valid.sum(1).to(seen)
+        ring_have, ring_need = (-(-n.clamp_max(cache.window) // P) for n in (seen, seen + arriving))
+        then = kept + count_leaving(seen, cache.ring_keep[layers, chains].flatten(0, 1), keep, valid)
+        ring, new = (ring_need - ring_have) * cache.kv_heads, -(-then // P) + (-kept // P)
+        *counts, longest = self.ask(torch.cat([*(n.view(L, -1).sum(1) for n in (ring, new)), then.max()[None]]))
+        return list(zip(layers, counts[:L], counts[L:], strict=True)), longest

@@ -139,6 +139,10 @@ def attach(model: PreTrainedModel, config: SPKVConfig | None = None) -> PreTrain
         raise ValueError(
             f"layers {refused} are not global attention layers of this model; those are {list(decoder.global_layers)}"
         )
+    if isinstance(config.page_dtype, tuple) and len(config.page_dtype) != len(decoder.attentions):
+        raise ValueError(
+            f"page_dtype has {len(config.page_dtype)} entries, and the model has {len(decoder.attentions)} layers"
+        )
     if getattr(decoder.config, "attention_dropout", 0.0):
         raise ValueError(
             f"attention_dropout is {decoder.config.attention_dropout}; gated attention has no dropout, set it to 0"

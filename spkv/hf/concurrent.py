@@ -18,22 +18,28 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-# Children that a module calls with the input that it was given itself, and with something else to run beside them:
-# the predictor, the MLP's gate.
-_ASIDE = (("q_proj", "k_proj", "v_proj"), ("up_proj",))
+# Children that a module calls with the input that it was given itself, and which run aside; and one that shows that
+# there is something to run beside them: an attention of ours has its predictor, a gated MLP its gate.
+_ASIDE = ((("q_proj", "k_proj", "v_proj"), "k_proj"), (("up_proj",), "gate_proj"))
 
 
 @contextlib.contextmanager
 def concurrent_projections(model: PreTrainedModel) -> Iterator[None]:
     """Inside, projections of one input run on streams of their own; for a step that is captured, on CUDA."""
-    streams = [torch.cuda.Stream(model.device) for _ in range(max(map(len, _ASIDE)))]
+    streams = _side_streams(model.device)
     with contextlib.ExitStack() as undo:
         for module in list(model.modules()):
-            for names in _ASIDE:
+            for names, beside in _ASIDE:
                 projections = [getattr(module, name, None) for name in names]
-                if all(isinstance(projection, nn.Module) for projection in projections):
+                if hasattr(module, beside) and all(isinstance(projection, nn.Module) for projection in projections):
                     undo.enter_context(_Branches(projections, streams).beside_each_other(module))
         yield
+
+
+@functools.cache
+def _side_streams(device: torch.device) -> list[torch.cuda.Stream]:
+    # The same ones for every capture: cuBLAS keeps a workspace for each stream that it has seen.
+    return [torch.cuda.Stream(device) for _ in range(max(len(names) for names, _ in _ASIDE))]
 
 
 class _Branches:

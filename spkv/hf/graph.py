@@ -12,6 +12,7 @@ Legend: B sequences, T tokens of the prompt, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -243,6 +244,14 @@ def _prefill(
     return logits[:, -1]  # type: ignore[no-any-return]
 
 
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream that steps are captured on, which goes before what runs beside it: the predictor's chain of small
+    kernels is longer than a projection. One for all captures, since cuBLAS keeps a workspace for each stream.
+    """
+    return torch.cuda.Stream(device, priority=-1)
+
+
 class DecodeLoop:
     """Continues sequences whose prompts have been read.
 
@@ -306,7 +315,8 @@ class DecodeLoop:
 
     def _run(self, logits: Tensor, progress: Callable[[int], None] | None) -> Tensor:
         packed = self.cache.packed
-        step, captured = self._step_and_accept if self.whole else self._step, -1
+        step = replay = self._step_and_accept if self.whole else self._step
+        captured = -1
         self._accept(logits)
         left = self.max_new_tokens - 1
         fed = 0
@@ -315,6 +325,7 @@ class DecodeLoop:
             while left and (self.ends is None or bool(self.active)):
                 ready = packed.prepare(min(left, packed.page_size if self.whole else 1))
                 if captured != packed.moves:
+                    replay = step  # lets go of the last graph before the next is captured
                     replay, captured = self._capture(step), packed.moves
                 packed.spend(ready)
                 for _ in range(ready):
@@ -381,26 +392,23 @@ class DecodeLoop:
         """A function that does what `step` does, as a graph where that is possible."""
         device = self.model.device
         active, random_state = self.active.clone(), torch.cuda.get_rng_state(device)
-        graph = torch.cuda.CUDAGraph()
-        # Before what runs beside it: the predictor's chain of small kernels is longer than a projection.
-        first = torch.cuda.Stream(device, priority=-1)
+        graph, stream = torch.cuda.CUDAGraph(), _capture_stream(device)
         with contextlib.ExitStack() as around:
             if self.compile:
                 around.enter_context(compiled_parts(self.model))
             around.enter_context(concurrent_projections(self.model))
             # Two runs without a sequence to continue change nothing, but compile kernels and make workspaces.
             self.active.zero_()
-            side = torch.cuda.Stream(device)
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
                 for _ in range(2):
                     step()
-            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.current_stream().wait_stream(stream)
             self.active.copy_(active)
             torch.cuda.set_rng_state(random_state, device)
             try:
                 # The outer context brings the stream back where a capture that fails does not.
-                with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, stream=first):
+                with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, stream=stream):
                     step()
             except torch.OutOfMemoryError:
                 raise

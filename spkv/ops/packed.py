@@ -21,7 +21,7 @@ class CodedPages:
 
     Attributes:
         codec: how.
-        pool: [pages, codec.page_bytes(P, D)] uint8, shared by all layers.
+        pool: [pages, codec.page_bytes(P, D)] uint8, shared by the layers of this codec.
         free, taken: a stack of page ids as `PackedLayer`'s own, for the kept pages; given where that has one.
     """
 

@@ -171,16 +171,19 @@ def packed_decode(
     )
 
 
-def count_leaving(packed: PackedLayer, keep: Tensor, valid: Tensor | None) -> Tensor:
-    """Return [C] int64: kept pairs that leave the window of each chain when `keep`'s tokens [B, Hkv, T] arrive."""
+def count_leaving(seen: Tensor, ring_keep: Tensor, keep: Tensor, valid: Tensor | None) -> Tensor:
+    """Return [C] int64: kept pairs that leave the window of each chain when `keep`'s tokens [B, Hkv, T] arrive.
+
+    `seen` and `ring_keep` are those of a `PackedLayer`.
+    """
     B, Hkv, T = keep.shape
-    w = packed.window
-    arriving = packed.seen.new_full((B,), T) if valid is None else valid.sum(1)
+    w = ring_keep.shape[1]
+    arriving = seen.new_full((B,), T) if valid is None else valid.sum(1)
     # The j-th token to arrive claims the slot of position seen + j - w, if there ever was one.
     j = torch.arange(min(w, T), device=keep.device)
-    claimed = (packed.seen[:, None] + j) % w
-    leaves = (j < arriving[:, None]) & (packed.seen[:, None] + j >= w)
-    ring_keep = packed.ring_keep.view(B, Hkv, w).gather(2, claimed.long()[:, None].expand(-1, Hkv, -1))
+    claimed = (seen[:, None] + j) % w
+    leaves = (j < arriving[:, None]) & (seen[:, None] + j >= w)
+    ring_keep = ring_keep.reshape(B, Hkv, w).gather(2, claimed.long()[:, None].expand(-1, Hkv, -1))
     count = (ring_keep & leaves[:, None]).sum(2)
     if w < T:
         nth = torch.arange(T, device=keep.device) if valid is None else valid.cumsum(1) - 1
@@ -213,7 +216,8 @@ def _hand_out(packed: PackedLayer, keep: Tensor, valid: Tensor | None) -> tuple[
     P, Hkv = packed.page_size, packed.kv_heads
     arriving = torch.full_like(packed.seen, keep.shape[2]) if valid is None else valid.sum(1)
     ring_have, ring_need = (-(-n.clamp_max(packed.window) // P) for n in (packed.seen, packed.seen + arriving))
-    kept_have, kept_need = (-(-n // P) for n in (packed.kept, packed.kept + count_leaving(packed, keep, valid)))
+    leaving = count_leaving(packed.seen, packed.ring_keep, keep, valid)
+    kept_have, kept_need = (-(-n // P) for n in (packed.kept, packed.kept + leaving))
     ring_count = (ring_need - ring_have).repeat_interleave(Hkv)
     columns = ring_have.repeat_interleave(Hkv), packed.ring_pages + kept_have
     ring_granted = _grant(packed.table, columns[0], ring_count, packed.free, packed.taken)

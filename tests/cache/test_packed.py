@@ -1,8 +1,10 @@
 """The packed cache against the dense oracle, and its memory."""
 
 import copy
+import gc
 import os
 import pickle
+import weakref
 from functools import partial
 
 import pytest
@@ -187,7 +189,7 @@ def test_coded_pages_shrink_memory_and_wrong_ones_are_refused():
         )
     with pytest.raises(ValueError, match=r"have page_dtypes \('int4',\), and those of this cache \('int8',\)"):
         PackedCache(1, 2, 128, page_dtype="int8").load_state(cache.state())
-    with pytest.raises(ValueError, match="one of int8, fp8, int4, not 'int3'"):
+    with pytest.raises(ValueError, match="one of int8, fp8, int4, .* not 'int3'"):
         PackedCache(1, 2, 128, page_dtype="int3")
     with pytest.raises(ValueError, match="page_dtype has 2 entries, and the cache has 3 layers"):
         PackedCache(3, 2, 128, page_dtype=(None, "int8"))
@@ -196,7 +198,7 @@ def test_coded_pages_shrink_memory_and_wrong_ones_are_refused():
     bounded = PackedCache(1, 2, 128, page_dtype="int4", max_memory=2 * 8 * 2 * 16 * D * 2 + 100 * 2560)
     with pytest.raises(PoolFullError, match="bytes are left; raise max_memory"):
         run(bounded, text, [[1024]] * 4, poisoned=False)
-    with pytest.raises(ValueError, match="max_memory is 1000 bytes, and a page takes 8192"):
+    with pytest.raises(ValueError, match="max_memory is 1000 bytes, and a page takes 2560 beside the windows'"):
         run(PackedCache(1, 2, 128, page_dtype="int4", max_memory=1000), text, [[8]], poisoned=False)
     other = PackedCache(1, 2, 128, page_dtype="fp8")
     run(other, text, [[200]], poisoned=False)
@@ -235,6 +237,65 @@ def test_selected_sequences_continue_as_their_sources_and_no_page_leaks(window, 
             actual = torch.cat([out[b] for out in outputs[layer]], dim=1)
             torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
     assert cache.pages_in_use() == pages_held(cache)
+
+
+def test_a_cache_is_freed_with_its_last_reference():
+    gc.disable()
+    try:
+        cache = PackedCache(2, 2, 8, 4)
+        run(cache, Text(2, 2, 2, 2, 50, 0.3), [[40, 40]])
+        pages = weakref.ref(cache.pool.pages)
+        del cache
+        assert pages() is None
+    finally:
+        gc.enable()
+
+
+def test_what_fails_in_the_middle_leaves_no_page_that_is_not_there(monkeypatch):
+    """Memory that runs out where a pool grows, where a state is loaded, and where pairs are written."""
+    text = Text(1, 2, 2, 1, 100, 1.0, D=64)
+    cache = PackedCache(1, 2, 8, 4, page_dtype="int8")
+    run(cache, text, [[20, 20]], poisoned=False)
+
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("no more")
+
+    chunk = [t[0, :1, :, 20:60] for t in (text.query, text.key, text.value, text.keep)]
+    for place in ("pool.PagePool._allocate", "packed.write"):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"spkv.cache.{place}", out_of_memory)
+            with pytest.raises(torch.OutOfMemoryError):
+                cache.attend(0, *chunk, sequences=slice(0, 1))
+        assert all(pool.budget.free <= pool.free_count() for pool in cache.pools.values())
+        with pytest.raises(PoolFullError, match=r"left sequences \[0\] incomplete"):
+            cache.attend(0, *chunk, sequences=slice(0, 1))
+        cache.drop([0])
+        rest = [t[0, 1:, :, 20:21] for t in (text.query, text.key, text.value, text.keep)]
+        cache.attend(0, *rest, sequences=slice(1, 2))
+        assert cache.pages_in_use() == int(cache._columns_in_use([0, 1]).sum())
+    other = PackedCache(1, 2, 8, 4, page_dtype="int8")
+    with monkeypatch.context() as patched:
+        patched.setattr("spkv.cache.pool.PagePool.scatter", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            other.load_state(cache.state())
+    assert other.sequences == 0
+
+
+def test_a_dropped_sequence_makes_room_for_another_of_the_same_kind_of_pages():
+    text = Text(1, 2, 1, 1, 400, 1.0, torch.float32, D=64)
+    cache = PackedCache(1, 1, 8, 4, page_dtype="int8", max_memory=20_000)
+    cache.allocate(text.key[0])
+    parts = (text.query, text.key, text.value, text.keep)
+    for start in range(0, 80, 20):
+        cache.attend(0, *(t[0, :1, :, start : start + 20] for t in parts), sequences=slice(0, 1))
+    with pytest.raises(PoolFullError):
+        cache.attend(0, *(t[0, :1, :, 80:] for t in parts), sequences=slice(0, 1))
+    cache.drop([0])
+    for b in range(2):
+        cache.attend(0, *(t[0, b : b + 1, :, :20] for t in parts), sequences=slice(b, b + 1))
+    assert cache.seen.tolist() == [[20, 20]]
+    with pytest.raises(ValueError, match="max_memory is 5000 bytes, and a page takes .* beside the windows' .* bytes"):
+        PackedCache(1, 1, 8, 4, page_dtype="int8", max_memory=5000).allocate(text.key[0])
 
 
 def test_a_state_round_trip_continues_alike_and_is_compact():

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import spkv
+from spkv.hf import concurrent
 from spkv.hf.concurrent import concurrent_projections
 
 
@@ -33,7 +34,7 @@ def events(monkeypatch):
     main = Stream()
     log.clear()
 
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(concurrent, "_side_streams", lambda device: [Stream(), Stream(), Stream()])
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: main)
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     return log

@@ -187,9 +187,11 @@ def _take(
     fade = tl.exp2(m - m_new)
     total = total * fade + tl.sum(p, 1)
     if SCALED:
-        # By the largest afterwards, so that weights stay as large as their type can hold them well.
-        largest = tl.max(v_scale, 0)
-        weighted = dot((p * (v_scale / largest)[None, :]).to(v.dtype), v, "ieee", UPCAST) * largest
+        # By each query's largest afterwards: the products of small weights and scales would underflow in float16.
+        scaled = p * v_scale[None, :]
+        largest = tl.max(scaled, 1)
+        largest = tl.where(largest > 0, largest, 1.0)
+        weighted = dot((scaled / largest[:, None]).to(v.dtype), v, "ieee", UPCAST) * largest[:, None]
     else:
         weighted = dot(p.to(v.dtype), v, "ieee", UPCAST)
     return m_new, total, acc * fade[:, None] + weighted
