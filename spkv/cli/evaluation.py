@@ -131,6 +131,33 @@ def evaluate(
     emit(rows, as_json, print_evaluation)
 
 
+@app.command(
+    "lm-eval",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    options_metavar="...",
+)
+def harness(context: typer.Context) -> None:
+    """Run lm-evaluation-harness, which finds the model "spkv" there.
+
+    Takes the options of its own command line; of the model's arguments, threshold, adapter, page_dtype, dense and
+    oracle are ours.
+
+    \b
+    Example:
+      spkv lm-eval run --model spkv --model_args pretrained=smollm2,threshold=0.5 --tasks arc_easy --batch_size 8
+    """
+    try:
+        from spkv.evals.harness import main
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("spkv"):
+            raise
+        raise ModuleNotFoundError(
+            f'spkv lm-eval needs lm-evaluation-harness ({error}): pip install "spkv[lm-eval]"', name=error.name
+        ) from error
+    main(context.args)
+
+
 def _tasks(names: list[str], options: list[str]) -> dict[str, Any]:
     """The tasks called `names`, by name; None stands for nll."""
     in_words = [name for name in names if name != "nll"]

@@ -265,6 +265,24 @@ def test_eval_reads_sequences_beyond_the_positions_in_windows(run_json, whole, t
     assert masked["loss"] == pytest.approx(row["loss"], rel=1e-5)
 
 
+def test_lm_eval_hands_its_arguments_on(run, monkeypatch):
+    calls = []
+    stub = ModuleType("spkv.evals.harness")
+    stub.main = calls.append
+    monkeypatch.setitem(sys.modules, "spkv.evals.harness", stub)
+    given = ["run", "--model", "spkv", "--model_args", "pretrained=m,threshold=0.3", "--help"]
+    assert run("lm-eval", *given)[2] == 0
+    assert calls == [given]
+
+
+def test_lm_eval_says_how_to_install_it(run, monkeypatch):
+    monkeypatch.delitem(sys.modules, "spkv.evals.harness", raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    _, err, code = run("lm-eval", "run")
+    assert code == 2
+    assert 'pip install "spkv[lm-eval]"' in err
+
+
 @needs_matplotlib
 def test_inspect_writes_three_files(run_json, run, whole, text_file, tmp_path):
     given = ("inspect", whole, "--text", text_file, "--output", tmp_path / "out", "--tokens", 120, "--threshold", 0.4)
