@@ -131,6 +131,28 @@ def evaluate(
     emit(rows, as_json, print_evaluation)
 
 
+@app.command()
+def report(
+    results: Annotated[
+        list[Path], typer.Argument(metavar="DIR-OR-JSON...", help="What `spkv eval` wrote to --output, or printed.")
+    ],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="For report.html, the pictures and report.json.")],
+    as_json: Json = False,
+) -> None:
+    """Draw the results of evaluations: a table and pictures on one page.
+
+    Scores and losses against kept_fraction, losses by position, densities by length, and scores by depth where a task
+    has depths. Results of several runs are merged; nothing is measured again.
+
+    \b
+    Example:
+      spkv report results more-results --output pictures
+    """
+    from spkv.evals.report import write_report
+
+    emit(write_report(results, output), as_json, lambda made: typer.echo(f"Written to {made['page']}"))
+
+
 @app.command(
     "lm-eval",
     add_help_option=False,

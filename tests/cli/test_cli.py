@@ -20,7 +20,7 @@ from spkv.cli.console import format_kept_fraction
 from spkv.evals.task import Example, Question
 from spkv.hf.generation import generate
 
-COMMANDS = ("demo", "generate", "eval", "inspect", "adapt")
+COMMANDS = ("demo", "generate", "eval", "inspect", "adapt", "report")
 PROMPT = "A prompt that is longer than the window of sixteen tokens."
 GENERATION = {
     "text": str,
@@ -263,6 +263,19 @@ def test_eval_reads_sequences_beyond_the_positions_in_windows(run_json, whole, t
         "eval", whole, "--data", text_file, "--sequence-length", 400, "--policies", "dense", "--oracle"
     )
     assert masked["loss"] == pytest.approx(row["loss"], rel=1e-5)
+
+
+@needs_matplotlib
+def test_report_draws_what_eval_wrote(run_json, run, whole, text_file, tmp_path):
+    given = ("eval", whole, "--data", text_file, "--sequence-length", "100,140", "--policies", "dense,spkv")
+    rows = run_json(*given, "--output", tmp_path / "results")
+    result = run_json("report", tmp_path / "results", "--output", tmp_path / "out")
+    assert Path(result["page"]).read_text().count("<tr>") == 1 + len(rows)
+    assert all(Path(file).is_file() for file in result["pictures"])
+    assert "report.html" in run("report", tmp_path / "results", "--output", tmp_path / "out")[0].replace("\n", "")
+    _, err, code = run("report", tmp_path / "absent", "--output", tmp_path / "out")
+    assert code == 2
+    assert "no such file of results" in err
 
 
 def test_lm_eval_hands_its_arguments_on(run, monkeypatch):
