@@ -93,7 +93,14 @@ def print_evaluation(rows: list[dict[str, Any]]) -> None:
         dense = next((row for row in same if row["policy"] == "dense"), None)
         _print_table(
             f"{task}: {same[0]['examples']:,} of {length:,} tokens" + ("; (against dense)" if dense else ""),
-            ["policy", *measures, "density", "kept_fraction", "KV bytes", "seconds"],
+            [
+                "policy",
+                *(name.replace("_", " ") for name in measures),
+                "density",
+                "kept_fraction",
+                "KV bytes",
+                "seconds",
+            ],
             [
                 [
                     policy_label(row),

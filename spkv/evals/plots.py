@@ -95,14 +95,20 @@ def _by_length(rows: Sequence[Row], file: Path, panel: Callable[[Any, list[Row]]
 
 
 def _against_kept_fraction(axes: Any, rows: Sequence[Row], measure: str) -> None:
-    """A line for each policy, over its thresholds or those it takes the memory of."""
+    """A line for each policy, over its thresholds or those it takes the memory of.
+
+    What follows a context is kept whole by some policies, so scores and losses that follow it stand against what was
+    kept of the context: there the policies are compared at equal memory.
+    """
+    of_context = measure != "loss" and all(row["context_kept_fraction"] is not None for row in rows)
+    kept = "context_kept_fraction" if of_context else "kept_fraction"
     for index, name in enumerate(dict.fromkeys(_series(row) for row in rows)):
-        points = sorted((row["kept_fraction"], row[measure]) for row in rows if _series(row) == name)
+        points = sorted((row[kept], row[measure]) for row in rows if _series(row) == name)
         axes.plot(*zip(*points, strict=True), marker=_MARKERS[index % len(_MARKERS)], markersize=5, label=_plain(name))
     axes.set_xlim(0, 1.03)
     if measure == "score":
         axes.set_ylim(-0.03, 1.03)
-    _finish(axes, "kept_fraction", measure.replace("_", " "))
+    _finish(axes, "kept_fraction" + " of the context" * of_context, measure.replace("_", " "))
 
 
 def _against_position(axes: Any, rows: Sequence[Row]) -> None:

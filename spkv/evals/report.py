@@ -20,7 +20,7 @@ PAGE_FILE, ROWS_FILE = "report.html", "report.json"
 _NEEDED = ("task", "policy", "length", "examples")
 _OPTIONAL: dict[str, Any] = {
     **dict.fromkeys(("threshold", "match_threshold", "score", "loss", "continuation_loss", "density")),
-    **dict.fromkeys(("kept_fraction", "kv_bytes", "seconds")),
+    **dict.fromkeys(("kept_fraction", "context_kept_fraction", "kv_bytes", "seconds")),
     "by_fact": {},
     "by_position": [],
 }
