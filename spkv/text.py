@@ -168,6 +168,13 @@ def source_size(path: Path) -> int:
     return sum(file.stat().st_size for file in document_files(path))
 
 
+def prefix_ids(tokenizer: Any) -> list[int]:
+    """The ids that a tokenizer puts in front of every text, such as `<bos>`; none, for many."""
+    # A token that ends every text follows both; no other begins both.
+    blank, some = (list(tokenizer([text], split_special_tokens=True, verbose=False).input_ids[0]) for text in ("", "a"))
+    return blank[: next((i for i, (x, y) in enumerate(zip(blank, some, strict=False)) if x != y), len(blank))]
+
+
 def document_batches(documents: Iterable[tuple[str, int]]) -> Iterator[tuple[list[str], int]]:
     """Group documents by characters: enough for the tokenizer's threads, little enough for memory."""
     texts: list[str] = []

@@ -12,7 +12,6 @@ import typer
 from spkv.cli.console import (
     emit,
     print_demo,
-    print_evaluation,
     print_generation,
     print_values,
     quiet_stdout,
@@ -158,58 +157,6 @@ def generate(
     emit(result, as_json, partial(print_generation, label="dense" if dense else "self-pruned"))
 
 
-@app.command("eval")
-def evaluate(
-    model: Model,
-    data: Data,
-    adapter: Adapter = None,
-    task: Annotated[str, typer.Option(help="What to measure: nll.")] = "nll",
-    sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 4096,
-    thresholds: Annotated[str, typer.Option(help="Of policy spkv, with commas between.")] = "0.5",
-    policies: Annotated[str, typer.Option(help="Rows of the result.")] = "dense,spkv,streaming,random",
-    limit: Annotated[
-        int | None, typer.Option(help="Sequences at most, spread evenly over the data; default: all.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Sequences read at once.")] = 1,
-    page_dtype: PageDtype = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    as_json: Json = False,
-) -> None:
-    """Measure loss and density of held-out text.
-
-    A row a policy: dense; spkv at each threshold; streaming, 4 sinks and the window; random, at the density of spkv
-    at the stored threshold (at the middle one, if that is not among --thresholds).
-
-    \b
-    Example:
-      spkv eval smollm2 --task nll --data valid.jsonl --sequence-length 4096 --thresholds 0.3,0.5,0.7
-    """
-    with working() as progress:
-        import spkv
-        from spkv.evals import TASKS, cut_sequences, evaluate_nll, make_policies
-        from spkv.hf.generation import check_length
-
-        check_page_dtype(page_dtype)
-        if task not in TASKS:
-            raise ValueError(f"unknown task {task!r}; known are {', '.join(TASKS)}")
-        names, values = policies.split(","), _numbers("--thresholds", thresholds)
-        make_policies(names, values)  # mistakes in them should show before the model is loaded
-        tokenizer, config = tokenizer_and_config(model)
-        check_length(config, sequence_length)
-        sequences = cut_sequences(data, tokenizer, sequence_length, limit=limit, progress=progress)
-        with opened(model, adapter, device, dtype, page_dtype=page_dtype) as loaded:
-            stored = spkv.attachment(loaded).config.threshold
-            rows = evaluate_nll(
-                loaded,
-                sequences,
-                make_policies(names, values, stored_threshold=stored),
-                batch_size=batch_size,
-                progress=progress,
-            )
-    emit(rows, as_json, partial(print_evaluation, sequence_length=sequence_length))
-
-
 @app.command()
 def inspect(
     model: Model,
@@ -324,10 +271,3 @@ def adapt(
         )
     if os.environ.get("RANK", "0") == "0":  # the other processes know no more
         emit(summary, as_json, print_values)
-
-
-def _numbers(option: str, text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{option} takes numbers with commas between, such as 0.3,0.5, not {text!r}") from None

@@ -10,6 +10,8 @@ from typing import Any
 
 import typer
 
+from spkv.evals.labels import beside, format_kept_fraction, policy_label
+
 # A row of a table: what it is called, its key in the result, and how it is printed.
 _Row = tuple[str, str, Callable[[Any], str]]
 
@@ -77,24 +79,40 @@ def print_demo(result: dict[str, Any]) -> None:
     typer.echo(f"Every token, shaded:        {result['token_page']}")
 
 
-def print_evaluation(rows: list[dict[str, Any]], sequence_length: int) -> None:
-    """The rows of `spkv.evals.nll.evaluate_nll`, with the loss also against the dense one."""
-    dense = next((row["loss"] for row in rows if row["policy"] == "dense"), None)
-    _print_table(
-        f"{rows[0]['sequences']:,} sequences of {sequence_length:,} tokens",
-        ["policy", "threshold", "loss", "against dense", "density", "kept_fraction"],
-        [
+def print_evaluation(rows: list[dict[str, Any]]) -> None:
+    """The rows of `spkv.evals.evaluate`: a table for each task and length."""
+    for task, length in dict.fromkeys((row["task"], row["length"]) for row in rows):
+        same = [row for row in rows if (row["task"], row["length"]) == (task, length)]
+        # The loss of the continuation alone is told where there is a policy that has no other.
+        partial = any(row["loss"] is None for row in same)
+        measures = [
+            name
+            for name in ("score", "loss", *(["continuation_loss"] if partial else []))
+            if any(row[name] is not None for row in same)
+        ]
+        dense = next((row for row in same if row["policy"] == "dense"), None)
+        _print_table(
+            f"{task}: {same[0]['examples']:,} of {length:,} tokens" + ("; (against dense)" if dense else ""),
             [
-                row["policy"],
-                _format(row["threshold"], "g"),
-                _format(row["loss"], ".4f"),
-                _format(row["loss"] / dense - 1 if dense else None, "+.2%"),
-                _format(row["density"], ".3f"),
-                format_kept_fraction(row["kept_fraction"]),
-            ]
-            for row in rows
-        ],
-    )
+                "policy",
+                *(name.replace("_", " ") for name in measures),
+                "density",
+                "kept_fraction",
+                "KV bytes",
+                "seconds",
+            ],
+            [
+                [
+                    policy_label(row),
+                    *(beside(name, row, dense) for name in measures),
+                    _format(row["density"], ".3f"),
+                    format_kept_fraction(row["kept_fraction"]),
+                    _format(row["kv_bytes"], ",.0f"),
+                    _format(row["seconds"], ".1f"),
+                ]
+                for row in same
+            ],
+        )
 
 
 def print_values(result: dict[str, Any]) -> None:
@@ -106,11 +124,6 @@ def print_values(result: dict[str, Any]) -> None:
             plain = f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if isinstance(value, float) else value
             rows.append([key, known[key](value) if key in known else plain])
     _print_table("", ["", ""], rows)
-
-
-def format_kept_fraction(value: float | None) -> str:
-    """A kept_fraction with the factor that it saves: `0.21 (4.8×)`."""
-    return "–" if value is None else f"{value:.2f} ({1 / value:.1f}×)"
 
 
 def _print_table(title: str, header: list[str], rows: Sequence[Sequence[str]]) -> None:

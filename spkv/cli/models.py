@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,28 @@ def opened(
         spkv.attachment(loaded).page_dtype = page_dtype
     with spkv.dense(loaded) if dense else contextlib.nullcontext():
         yield loaded
+
+
+def loader(
+    model: str, device: str | None, dtype: str | None, page_dtype: str | None = None
+) -> Callable[[str], PreTrainedModel]:
+    """A function that loads another model from a path: an adapter of `model`, a self-pruned model, or a plain one."""
+
+    def load(path: str) -> PreTrainedModel:
+        import spkv
+        from spkv.checkpoint import load_base
+        from spkv.config import CONFIG_FILE
+        from spkv.evals.policies import is_adapter
+
+        place, kind = device_called(device), dtype_called(dtype)
+        if not (Path(path) / CONFIG_FILE).is_file():
+            return load_base(path, dtype=kind).to(place).eval()  # type: ignore[arg-type]
+        base, adapter = (model, path) if is_adapter(path) else (path, None)
+        loaded = spkv.load(base, adapter=adapter, dtype=kind, device=place)
+        spkv.attachment(loaded).page_dtype = page_dtype or spkv.attachment(loaded).page_dtype
+        return loaded
+
+    return load
 
 
 def device_called(name: str | None) -> torch.device:

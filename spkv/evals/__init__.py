@@ -1,11 +1,40 @@
 """Evaluations: what a model loses, and what its cache keeps, under one policy or another.
 
-`TASKS` names the tasks of `spkv eval --task`; each is a module of this package.
+Names are resolved on first use: to print or draw results takes no torch.
 """
 
-from spkv.evals.nll import cut_sequences, evaluate_nll
-from spkv.evals.policies import Policy, make_policies
+from __future__ import annotations
 
-TASKS: dict[str, str] = {"nll": "spkv.evals.nll"}
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["TASKS", "Policy", "cut_sequences", "evaluate_nll", "make_policies"]
+if TYPE_CHECKING:
+    from spkv.evals.answers import Answers as Answers
+    from spkv.evals.nll import Losses as Losses
+    from spkv.evals.nll import cut_sequences as cut_sequences
+    from spkv.evals.policies import Policy as Policy
+    from spkv.evals.policies import make_policies as make_policies
+    from spkv.evals.runner import evaluate as evaluate
+    from spkv.evals.runner import evaluate_nll as evaluate_nll
+
+_HOME = {
+    "Answers": "spkv.evals.answers",
+    "Losses": "spkv.evals.nll",
+    "Policy": "spkv.evals.policies",
+    "cut_sequences": "spkv.evals.nll",
+    "evaluate": "spkv.evals.runner",
+    "evaluate_nll": "spkv.evals.runner",
+    "make_policies": "spkv.evals.policies",
+}
+
+__all__ = [*_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'spkv.evals' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -6,7 +6,9 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -15,9 +17,10 @@ from transformers import AutoTokenizer
 import spkv
 from spkv.cli import main
 from spkv.cli.console import format_kept_fraction
+from spkv.evals.task import Example, Question
 from spkv.hf.generation import generate
 
-COMMANDS = ("demo", "generate", "eval", "inspect", "adapt")
+COMMANDS = ("demo", "generate", "eval", "inspect", "adapt", "report")
 PROMPT = "A prompt that is longer than the window of sixteen tokens."
 GENERATION = {
     "text": str,
@@ -157,12 +160,12 @@ def test_eval_prints_a_row_a_policy(run_json, base, adapter, text_file, tmp_path
         "eval", base, "--adapter", adapter, "--task", "nll", "--data", text_file, other, "--sequence-length", 100,
         "--thresholds", "0.3,0.5,0.7", "--batch-size", 3,
     )  # fmt: skip
-    keys = ["policy", "threshold", "loss", "density", "kept_fraction", "sequences", "tokens"]
-    assert all(list(row) == keys for row in rows)
+    keys = {"task", "policy", "threshold", "length", "score", "loss", "density", "kept_fraction", "kv_bytes", "seconds"}
+    assert all(keys < set(row) for row in rows)
     assert [(row["policy"], row["threshold"]) for row in rows] == [
         ("dense", None), ("spkv", 0.3), ("spkv", 0.5), ("spkv", 0.7), ("streaming", None), ("random", None),
     ]  # fmt: skip
-    assert {(row["sequences"], row["tokens"]) for row in rows} == {(8, 8 * 99)}
+    assert {(row["examples"], row["tokens"]) for row in rows} == {(8, 8 * 100)}
     densities = [row["density"] for row in rows]
     assert densities[0] == 1 > densities[1] > densities[2] > densities[3]
     # Four standard deviations of the share of 84 positions in 4 heads.
@@ -171,15 +174,126 @@ def test_eval_prints_a_row_a_policy(run_json, base, adapter, text_file, tmp_path
         "eval", base, "--adapter", adapter, "--data", text_file, "--sequence-length", 100, "--policies", "dense",
         "--limit", 1,
     )  # fmt: skip
-    assert (few[0]["sequences"], len(few)) == (1, 1)
+    assert (few[0]["examples"], len(few)) == (1, 1)
 
 
 def test_eval_for_people(run, whole, text_file):
     out, err, code = run("eval", whole, "--data", text_file, "--sequence-length", 100, "--policies", "dense,spkv")
     assert code == 0
-    assert "4 sequences of 100 tokens" in out
-    assert "against dense" in out
+    assert "nll: 4 of 100 tokens" in out
+    assert "(against dense)" in out
     assert "evaluating" in err
+
+
+class StubTasks(ModuleType):
+    """In the place of `spkv.evals.tasks`: a task whose answers count their letters e."""
+
+    @dataclass
+    class TaskOptions:
+        depths: int = 2
+        essays: Path | None = None
+
+    class Letters:
+        name = "letters"
+
+        def __init__(self, depths: int):
+            self.depths = depths
+
+        def examples(self, tokenizer, length, count, seed):
+            return [
+                Example("A text. " * (10 + seed), (Question(f"{n}?", ("e",), 4),), {"depth": n % self.depths / 10})
+                for n in range(count)
+            ]
+
+        def score(self, answer, question):
+            return answer.count("e") / 4
+
+    def make_tasks(self, names, options):
+        if names != ["letters"]:
+            raise ValueError(f"unknown tasks {names}; known are letters")
+        return [self.Letters(options.depths)]
+
+
+@pytest.fixture
+def stub_tasks(monkeypatch):
+    monkeypatch.setitem(sys.modules, "spkv.evals.tasks", StubTasks("spkv.evals.tasks"))
+
+
+def test_eval_runs_tasks_at_several_lengths_and_goes_on(run_json, run, whole, text_file, tmp_path, stub_tasks):
+    given = (
+        "eval", whole, "--task", "letters,nll", "--data", text_file, "--sequence-length", "120,140", "--limit", 3,
+        "--policies", f"dense,spkv,twin={whole}", "--task-option", "depths=3", "--batch-size", 2, "--seed", 2,
+        "--output", tmp_path / "out",
+    )  # fmt: skip
+    rows = run_json(*given)
+    assert [(row["task"], row["length"]) for row in rows[::3]] == [
+        ("nll", 120), ("letters", 120), ("nll", 140), ("letters", 140),
+    ]  # fmt: skip
+    assert [row["policy"] for row in rows[:3]] == ["dense", "spkv", "twin"]
+    assert list(rows[3]["by_fact"]["depth"]) == ["0.0", "0.1", "0.2"]
+    assert {**rows[2], "policy": "spkv", "seconds": 0} == {**rows[1], "seconds": 0}
+    assert run_json(*given) == rows
+    stored = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert stored["rows"] == rows
+    assert "letters: 3 of 120 tokens" in run(*given)[0]
+    _, err, code = run(*given, "--seed", 3)
+    assert code == 2
+    assert "holds an evaluation with other arguments: examples was" in err
+
+
+def test_eval_names_what_tasks_cannot_take(run, whole, text_file, stub_tasks):
+    for arguments, message in (
+        (["--task", "ruler"], "unknown tasks ['ruler']; known are letters"),
+        (["--task", "letters", "--data", text_file], "task nll needs --data FILE..., and other tasks take none"),
+        (["--task", "nll"], "task nll needs --data FILE..., and other tasks take none"),
+        (["--task", "letters"], "the text has 4,096 tokens, but the model has 256 positions"),
+        (["--task", "letters", "--task-option", "depth=3"], "NAME=VALUE with one of depths, essays, not 'depth=3'"),
+        (["--task", "letters", "--sequence-length", "2k"], "--sequence-length takes whole numbers"),
+        (["--task", "letters", "--sequence-length", "100", "--oracle"], "is answered in words, which takes a cache"),
+    ):
+        _, err, code = run("eval", whole, *arguments)
+        assert code == 2
+        assert message in err.splitlines()[-1]
+
+
+def test_eval_reads_sequences_beyond_the_positions_in_windows(run_json, whole, text_file):
+    (row,) = run_json("eval", whole, "--data", text_file, "--sequence-length", 400, "--policies", "dense")
+    assert (row["examples"], row["tokens"]) == (1, 400)
+    (masked,) = run_json(
+        "eval", whole, "--data", text_file, "--sequence-length", 400, "--policies", "dense", "--oracle"
+    )
+    assert masked["loss"] == pytest.approx(row["loss"], rel=1e-5)
+
+
+@needs_matplotlib
+def test_report_draws_what_eval_wrote(run_json, run, whole, text_file, tmp_path):
+    given = ("eval", whole, "--data", text_file, "--sequence-length", "100,140", "--policies", "dense,spkv")
+    rows = run_json(*given, "--output", tmp_path / "results")
+    result = run_json("report", tmp_path / "results", "--output", tmp_path / "out")
+    assert Path(result["page"]).read_text().count("<tr>") == 1 + len(rows)
+    assert all(Path(file).is_file() for file in result["pictures"])
+    assert "report.html" in run("report", tmp_path / "results", "--output", tmp_path / "out")[0].replace("\n", "")
+    _, err, code = run("report", tmp_path / "absent", "--output", tmp_path / "out")
+    assert code == 2
+    assert "no such file of results" in err
+
+
+def test_lm_eval_hands_its_arguments_on(run, monkeypatch):
+    calls = []
+    stub = ModuleType("spkv.evals.harness")
+    stub.main = calls.append
+    monkeypatch.setitem(sys.modules, "spkv.evals.harness", stub)
+    given = ["run", "--model", "spkv", "--model_args", "pretrained=m,threshold=0.3", "--help"]
+    assert run("lm-eval", *given)[2] == 0
+    assert calls == [given]
+
+
+def test_lm_eval_says_how_to_install_it(run, monkeypatch):
+    monkeypatch.delitem(sys.modules, "spkv.evals.harness", raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    _, err, code = run("lm-eval", "run")
+    assert code == 2
+    assert 'pip install "spkv[lm-eval]"' in err
 
 
 @needs_matplotlib
@@ -255,7 +369,6 @@ BAD = {
         ["generate", "{whole}", "--prompt", "a", "--dtype", "int3"],
         "unknown dtype 'int3'; known are float32, bfloat16, float16",
     ),
-    "task": (["eval", "{whole}", "--data", "{text}", "--task", "ruler"], "unknown task 'ruler'; known are nll"),
     "missing data": (
         ["eval", "{whole}", "--data", "absent", "--sequence-length", "50"],
         "no such data file: absent",
@@ -268,10 +381,14 @@ BAD = {
         ["eval", "{whole}", "--data", "{text}", "--thresholds", "0.3,0"],
         "threshold must lie strictly between 0 and 1, not 0.0",
     ),
-    "policy": (["eval", "{whole}", "--data", "{text}", "--policies", "h2o"], "unknown policies ['h2o']"),
-    "long sequences": (
-        ["eval", "{whole}", "--data", "{text}"],
-        "the text has 4,096 tokens, but the model has 256 positions",
+    "policy": (["eval", "{whole}", "--data", "{text}", "--policies", "h3o"], "unknown policies ['h3o']"),
+    "lonely policy": (
+        ["eval", "{whole}", "--data", "{text}", "--policies", "random"],
+        "policy random takes its density from policy spkv",
+    ),
+    "absent twin": (
+        ["eval", "{whole}", "--data", "{text}", "--policies", "twin=absent"],
+        "policy twin needs a model or an adapter, and there is no directory 'absent'",
     ),
     "short sequences": (
         ["eval", "{whole}", "--data", "{text}", "--sequence-length", "16"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -11,17 +12,17 @@ import torch
 from transformers import PreTrainedModel
 
 import spkv
-from spkv.evals import Policy, cut_sequences, evaluate_nll, make_policies
-from spkv.evals.nll import check_sequence_length
+from spkv.evals import Losses, Policy, cut_sequences, evaluate, evaluate_nll, make_policies
 from spkv.gates import OpenGate, RandomGate, ThresholdGate
+from spkv.text import prefix_ids
 
 W, N, L = 8, 3, 120
 
 
-def tokenizer(texts: list[str], **options) -> SimpleNamespace:
+def tokenizer(texts: list[str], prefix: str = "", **options) -> SimpleNamespace:
     """One token a character."""
     assert options["split_special_tokens"]
-    return SimpleNamespace(input_ids=[[ord(character) for character in text] for text in texts])
+    return SimpleNamespace(input_ids=[[ord(character) for character in prefix + text] for text in texts])
 
 
 def characters(ids: torch.Tensor) -> str:
@@ -59,7 +60,7 @@ def test_loss_is_that_of_the_masked_forward(model, sequences, batch_size, chunk_
     for row, policy in zip(rows, policies, strict=True):
         gate = policy.gate or OpenGate()
         assert row["loss"] == pytest.approx(masked_loss(model, sequences, gate), rel=1e-5)
-        assert (row["sequences"], row["tokens"]) == (N, N * (L - 1))
+        assert (row["examples"], row["tokens"], row["length"]) == (N, N * L, L)
     assert rows[1]["density"] > rows[2]["density"] > 0
 
 
@@ -127,6 +128,67 @@ def test_sequences_are_pieces_of_documents(tmp_path):
     assert [characters(row)[0] for row in spread] == ["a", "c", "c"]
 
 
+def test_every_piece_begins_as_the_tokenizer_begins_a_text(tmp_path):
+    path = tmp_path / "data.txt"
+    path.write_text("abcdefghijklmnopqrs")
+    sequences = cut_sequences([path], partial(tokenizer, prefix="^"), 7)
+    assert [characters(row) for row in sequences] == ["^abcdef", "^ghijkl", "^mnopqr"]
+    with pytest.raises(ValueError, match="must exceed the 2 tokens that begin every text; it is 2"):
+        cut_sequences([path], partial(tokenizer, prefix="<>"), 2)
+
+
+def test_prefixes_are_found_beside_endings():
+    def ended(texts, **options):
+        return SimpleNamespace(input_ids=[[1, *map(ord, text), 2] for text in texts])
+
+    assert prefix_ids(ended) == [1]
+    assert prefix_ids(tokenizer) == []
+
+
+@pytest.mark.parametrize("policy", [Policy("spkv", ThresholdGate(0.5), threshold=0.5), Policy("dense")])
+def test_a_mask_in_place_of_the_cache_measures_the_same(model, sequences, policy):
+    job = Losses(sequences)
+    (cached,), (masked,) = (evaluate(model, [job], [policy], oracle=oracle) for oracle in (False, True))
+    assert masked.pop("kv_bytes") is None
+    for name in ("loss", "continuation_loss", "density", "kept_fraction", "context_kept_fraction"):
+        assert masked[name] == pytest.approx(cached[name], rel=1e-5)
+    assert not spkv.attachment(model).oracle
+
+
+def test_losses_are_told_apart_by_position(model, sequences):
+    row = evaluate_nll(model, sequences, [Policy("dense")])[0]
+    with torch.no_grad(), spkv.dense(model):
+        logits = model(sequences).logits
+    losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), sequences[:, 1:], reduction="none")
+    losses = torch.cat([torch.full((N, 1), float("nan")), losses], dim=1)  # nothing predicts the first token
+    assert [(bucket["start"], bucket["stop"]) for bucket in row["by_position"]] == [(s, s + 8) for s in range(0, L, 8)]
+    for bucket in row["by_position"]:
+        expected = losses[:, bucket["start"] : bucket["stop"]].nanmean().item()
+        assert bucket["loss"] == pytest.approx(expected, rel=1e-5)
+    assert row["continuation_loss"] == pytest.approx(losses[:, -L // 4 :].mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("prefix", [[], [5]])
+def test_sequences_beyond_the_positions_are_read_in_windows(model, sequences, prefix):
+    model.config.max_position_embeddings = 50
+    job = Losses(sequences, prefix)
+    windows = job._windows(model)
+    counted = [token for _, first, stop in windows for token in range(first, stop)]
+    assert counted == list(range(L))
+    room = 50 - len(prefix)
+    assert all(first - start >= room // 2 and stop - start == room for start, first, stop in windows[1:])
+    row = evaluate(model, [job], [Policy("dense")])[0]
+    begun = torch.tensor([prefix] * N, dtype=torch.long).view(N, -1)
+    total = 0.0
+    for start, first, stop in windows:
+        piece = torch.cat([begun if start else begun[:, :0], sequences[:, start:stop]], dim=1)
+        with torch.no_grad(), spkv.dense(model):
+            logits = model(piece).logits[:, -(stop - first) - 1 if first else 0 : -1]
+        wanted = sequences[:, first or 1 : stop]
+        total += torch.nn.functional.cross_entropy(logits.transpose(1, 2), wanted, reduction="sum").item()
+    assert row["loss"] == pytest.approx(total / (N * (L - 1)), rel=1e-5)
+
+
 def test_bad_data_are_named(tmp_path):
     path = tmp_path / "short.txt"
     path.write_text("only a few words")
@@ -143,8 +205,8 @@ def test_bad_data_are_named(tmp_path):
 
 
 def test_bad_policies_are_named(model, sequences):
-    with pytest.raises(ValueError, match=r"unknown policies \['h2o'\]; known are dense, spkv, streaming, random"):
-        make_policies(["dense", "h2o"])
+    with pytest.raises(ValueError, match=r"unknown policies \['h3o'\]; known are dense, spkv, streaming, random"):
+        make_policies(["dense", "h3o"])
     with pytest.raises(ValueError, match=r"strictly between 0 and 1, not 1\.0"):
         make_policies(["spkv"], [1.0])
     with pytest.raises(ValueError, match="policy random takes its density from policy spkv"):
@@ -158,8 +220,6 @@ def test_bad_policies_are_named(model, sequences):
 def test_lengths_that_do_not_fit_are_named(model, sequences):
     with pytest.raises(ValueError, match="must exceed the window of 8 tokens, which is never pruned; it is 8"):
         evaluate_nll(model, sequences[:, :W], make_policies())
-    with pytest.raises(ValueError, match="513 tokens, but the model has 512 positions"):
-        check_sequence_length(model, 513)
     with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
         evaluate_nll(model, sequences, make_policies(), batch_size=0)
     with pytest.raises(ValueError, match=r"must be \[N, L\] and not empty, got shape \[0, 120\]"):

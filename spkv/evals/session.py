@@ -1,0 +1,215 @@
+"""Texts that are read and asked about under one policy, on one cache.
+
+A session reads several texts at once. They may differ in length: shorter pieces are padded on their left, the padding
+is masked and never reaches a cache, and every token keeps its position in its own text.
+
+Legend: B sequences, T tokens of a pass, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from spkv.hf.attach import find_attachment
+from spkv.hf.cache import SPKVCache
+from spkv.hf.generation import CHUNK_SIZE, CacheSize, Reading, cache_size, decode
+
+Press = AbstractContextManager[Any]
+"""Inside it, a forward pass over a whole context leaves a pruned cache."""
+
+
+class Session:
+    """Reads texts into an empty cache and continues them greedily.
+
+    Under a gate or `spkv.dense`, whichever is in force on the model; for methods that prune once, when a context has
+    been read, `read` takes what does it.
+
+    Args:
+        model: a causal LM in evaluation mode, attached or not.
+        chunk_size: tokens of a forward pass, of each sequence.
+
+    Attributes:
+        cache: what is held.
+        lengths: tokens of each text that the cache has seen.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, chunk_size: int = CHUNK_SIZE):
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
+        found = find_attachment(model)
+        self._pruning = found is not None and not found.suspended
+        if model.training or (found is not None and not found.suspended and not found.gate.hard):
+            raise ValueError("reading fills a cache: call model.eval(), and put a hard gate in force")
+        self.model, self.chunk_size = model, chunk_size
+        self.cache: Cache = (
+            found.new_cache() if found is not None and self._pruning else DynamicCache(config=model.config)
+        )
+        self.lengths: list[int] = []
+        self._valid: Tensor | None = None  # [B, columns] bool, once a piece was padded
+        self._columns = 0  # of the cache's mask
+        self._pending: list[list[int]] = []  # the last token of each answer, which no pass has read yet
+        self._logits: Tensor | None = None  # [B, V], of the token after what was read
+        self._pruned_columns: int | None = None  # that a press left of the context
+
+    @torch.no_grad()
+    def read(self, texts: Sequence[Sequence[int]], *, losses: bool = False, press: Press | None = None) -> list[Tensor]:
+        """Read the next piece of every text.
+
+        Args:
+            texts: [B] token ids, none of them empty.
+            losses: also return the cross-entropy (nats) of every token that a token stands before.
+            press: reads all of the piece in one pass, inside this; for the first piece of a single text.
+
+        Returns:
+            A float32 tensor for each text, [tokens], or one less for the first piece; empty without `losses`.
+        """
+        if not all(texts):
+            raise ValueError("there is nothing to read in one of the texts")
+        if not self.lengths:
+            self.lengths = [0] * len(texts)
+            self._pending = [[] for _ in texts]
+        if press is not None and (len(texts) > 1 or self.lengths[0]):
+            raise ValueError("a press reads one text, and into an empty cache")
+        T = max(map(len, texts))
+        ids = torch.tensor([[0] * (T - len(text)) + list(text) for text in texts], device=self.model.device)
+        valid = torch.tensor([[False] * (T - len(text)) + [True] * len(text) for text in texts], device=ids.device)
+        previous, pieces = self._logits, []
+        step = T if press is not None else self.chunk_size
+        for start in range(0, T, step):
+            chunk, real = ids[:, start : start + step], valid[:, start : start + step]
+            logits = self._forward(chunk, real, keep_logits=losses, press=press)
+            if losses:
+                pieces.append(token_losses(previous, logits, chunk))
+                previous = logits[:, -1]
+        self._logits = logits[:, -1]
+        if press is not None:
+            self._pruned_columns = self._columns = self.cache.get_seq_length()
+        if not losses:
+            return []
+        joined = torch.cat(pieces, dim=1).cpu()
+        first = joined.shape[1] < T  # nothing stands before the first column
+        return [row[T - len(text) :][: len(text) - first] for row, text in zip(joined, texts, strict=True)]
+
+    @torch.no_grad()
+    def answer(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Collection[int] = ()
+    ) -> list[list[int]]:
+        """Read the next prompt of every text and continue it greedily.
+
+        Args:
+            prompts: [B] token ids; an empty one goes on from where the text stands.
+            max_new_tokens: of each answer, at most.
+            stop: ids that end an answer.
+
+        Returns:
+            The answers without the id that ended them. What the next prompt follows is the answer without it, too.
+        """
+        pending = self._pending or [[] for _ in prompts]
+        pieces = [[*unread, *prompt] for unread, prompt in zip(pending, prompts, strict=True)]
+        if any(pieces):
+            self.read(pieces)
+        assert self._logits is not None
+        if len(pieces) == 1 and self._pruned_columns is None and self._valid is None:
+            answers = [self._decode_one(max_new_tokens, stop)]
+        else:
+            answers = self._decode(max_new_tokens, stop)
+        self._pending, ended = [], []
+        for answer in answers:
+            over = bool(answer) and answer[-1] in stop
+            ended.append(answer[:-1] if over else answer)
+            # The token that came last has been read by no pass, unless what came last is the id that ends the answer.
+            self._pending.append([] if over else answer[-1:])
+        return ended
+
+    def sizes(self) -> list[CacheSize]:
+        """How much is held of each text; the bytes are those allocated, in equal shares for texts read together."""
+        B = len(self.lengths)
+        whole = cache_size(self.cache)
+        if isinstance(self.cache, SPKVCache):
+            packed, heads = self.cache.packed, self.cache.packed.kv_heads
+            kept = packed.kept_pairs().double().view(packed.layers, B, heads).sum((0, 2)).tolist()
+            left = (packed.left_window().double().sum(0) * heads).tolist()
+            seen = (packed.seen.double().sum(0) * heads).tolist()
+            return [
+                CacheSize(
+                    density=inside / outside if outside else None,
+                    kept_fraction=(inside + total - outside) / total,
+                    kv_bytes=whole.kv_bytes // B,
+                    dense_kv_bytes=int(whole.dense_kv_bytes * total / sum(seen)),
+                )
+                for inside, outside, total in zip(kept, left, seen, strict=True)
+            ]
+        if self._pruned_columns is not None:
+            held, seen_tokens = self._columns, self.lengths[0]
+            # Such a method knows no window, so its density would say nothing.
+            return [CacheSize(None, held / seen_tokens, whole.kv_bytes, whole.kv_bytes * seen_tokens // held)]
+        share = [whole.kv_bytes * length // (self._columns * B) for length in self.lengths]
+        return [CacheSize(1.0, 1.0, size, size) for size in share]
+
+    def _forward(self, ids: Tensor, valid: Tensor, *, keep_logits: bool, press: Press | None = None) -> Tensor:
+        """One pass over [B, T]: returns logits [B, T or 1, V]."""
+        B, T = ids.shape
+        seen = torch.tensor(self.lengths, device=ids.device)[:, None]
+        position = (seen + valid.cumsum(1) - 1).clamp_min(0)
+        if self._valid is None and not bool(valid.all()):
+            self._valid = torch.ones(B, self._columns, dtype=torch.bool, device=ids.device)
+        if self._valid is not None:
+            self._valid = torch.cat([self._valid, valid], dim=1)
+        extra = {} if self._valid is None else {"attention_mask": self._valid.long()}
+        if press is not None:
+            # kvpress knows a prefill by this keyword, which newer versions of transformers no longer make.
+            extra["cache_position"] = torch.arange(T, device=ids.device)
+        with press if press is not None else torch.no_grad():
+            logits: Tensor = self.model(
+                input_ids=ids,
+                position_ids=position,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=0 if keep_logits else 1,
+                **extra,
+            ).logits
+        self._columns += T
+        self.lengths = [length + new for length, new in zip(self.lengths, valid.sum(1).tolist(), strict=True)]
+        return logits
+
+    def _decode_one(self, max_new_tokens: int, stop: Collection[int]) -> list[int]:
+        assert self._logits is not None
+        reading = Reading(cache=self.cache, next_logits=self._logits, seconds=0.0)
+        ids, _ = decode(self.model, reading, max_new_tokens, stop=stop)
+        self._columns += len(ids) - 1
+        self.lengths[0] += len(ids) - 1
+        return ids
+
+    def _decode(self, max_new_tokens: int, stop: Collection[int]) -> list[list[int]]:
+        assert self._logits is not None
+        answers: list[list[int]] = [[] for _ in self.lengths]
+        ends = torch.tensor(sorted(stop), dtype=torch.long, device=self.model.device)
+        active = torch.ones(len(answers), dtype=torch.bool, device=self.model.device)
+        logits = self._logits
+        for made in range(1, max_new_tokens + 1):
+            token = logits.argmax(-1)
+            for answer, goes_on, new in zip(answers, active.tolist(), token.tolist(), strict=True):
+                answer += [new] * goes_on
+            active = active & ~torch.isin(token, ends)
+            if made == max_new_tokens or not bool(active.any()):
+                break
+            logits = self._forward(token[:, None], active[:, None], keep_logits=False)[:, -1]
+        return answers
+
+
+def token_losses(previous: Tensor | None, logits: Tensor, ids: Tensor) -> Tensor:
+    """[B, T], the cross-entropy of every token of a pass; [B, T - 1] if there are no logits from before it."""
+    within = [
+        # In blocks: the logits of a whole chunk in float32 would take more than the model.
+        F.cross_entropy(block.float().transpose(1, 2), wanted, reduction="none")
+        for block, wanted in zip(logits[:, :-1].split(256, dim=1), ids[:, 1:].split(256, dim=1), strict=True)
+    ]
+    first = [] if previous is None else [F.cross_entropy(previous.float(), ids[:, 0], reduction="none")[:, None]]
+    return torch.cat([*first, *within], dim=1) if first or within else logits.new_empty(len(ids), 0).float()

@@ -1,0 +1,139 @@
+"""Methods of kvpress: they prune the context to what was asked for, and nothing else changes."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import pytest
+import torch
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import spkv
+from spkv.evals import Answers, Losses, Policy, evaluate, make_policies
+from spkv.evals.presses import PRESSES, check_press, pressing
+from spkv.evals.session import Session
+from spkv.gates import OpenGate, ThresholdGate
+
+LENGTH = 200
+
+
+def test_without_kvpress_the_error_says_how_to_install_it(monkeypatch):
+    monkeypatch.delitem(sys.modules, "kvpress", raising=False)
+    monkeypatch.setattr(importlib, "import_module", _absent)
+    with pytest.raises(ModuleNotFoundError, match=r'policy tova runs through kvpress.*pip install "spkv\[baselines\]"'):
+        check_press("tova")
+
+
+def _absent(name):
+    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+@pytest.fixture
+def kvpress():
+    # Ours, so that what importing it changes is undone.
+    pytest.importorskip("cachetools")
+    try:
+        check_press("tova")
+    except ModuleNotFoundError:
+        pytest.skip("needs kvpress")
+    return sys.modules["kvpress"]
+
+
+@pytest.mark.usefixtures("kvpress")
+class TestPresses:
+    def test_importing_changes_no_attention_function(self):
+        code = sys.modules["kvpress"].attention_patch.__file__
+        for name in AttentionInterface._global_mapping:
+            assert getattr(ALL_ATTENTION_FUNCTIONS[name], "__code__", None) is None or (
+                ALL_ATTENTION_FUNCTIONS[name].__code__.co_filename != code
+            )
+
+    @pytest.mark.parametrize("press", PRESSES)
+    def test_a_context_is_pruned_to_what_was_asked_for(self, words_model, press):
+        ids = torch.randint(0, 256, (100,)).tolist()
+        with spkv.dense(words_model):
+            before = {name for name, _ in words_model.named_modules()}
+            session = Session(words_model)
+            session.read([ids], press=pressing(press, words_model, 0.4))
+            assert session.cache.get_seq_length() == 40
+            assert session.sizes()[0].kept_fraction == pytest.approx(0.4)
+            session.answer([[1, 2, 3]], 5)
+            (size,) = session.sizes()
+            assert size.kept_fraction == pytest.approx((40 + 3 + 4) / (100 + 3 + 4))
+            assert size.kv_bytes == 2 * 2 * 47 * 2 * 8 * 4  # layers, key and value, tokens, heads, head size, bytes
+            assert session.lengths == [107]
+            assert {name for name, _ in words_model.named_modules()} == before
+            assert words_model.config._attn_implementation == "sdpa"
+
+    @pytest.mark.parametrize("press", PRESSES)
+    def test_what_follows_sees_the_pruned_context_at_its_own_positions(self, words_model, press, kvpress):
+        """The answer is that of the model whose cache kvpress' own pipeline would have made."""
+        context, prompt = torch.randint(0, 256, (1, 100)), torch.randint(0, 256, (1, 6))
+        with spkv.dense(words_model), torch.no_grad():
+            session = Session(words_model)
+            session.read(context.tolist(), press=pressing(press, words_model, 0.3))
+            losses = session.read(prompt.tolist(), losses=True)[0]
+            keys, values = (
+                [getattr(layer, n)[:, :, :30] for layer in session.cache.layers] for n in ("keys", "values")
+            )
+            # By hand: attention of the prompt's tokens over the kept pairs, whose keys carry their rotation.
+            from transformers import DynamicCache
+
+            cache = DynamicCache(config=words_model.config)
+            for layer, pair in enumerate(zip(keys, values, strict=True)):
+                cache.update(*pair, layer)
+            logits = words_model(prompt, past_key_values=cache, position_ids=torch.arange(100, 106)[None]).logits
+        expected = torch.nn.functional.cross_entropy(logits[0, :-1], prompt[0, 1:], reduction="none")
+        torch.testing.assert_close(losses[1:], expected, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("press", PRESSES)
+    def test_keeping_everything_scores_as_dense(self, words_model, tokenizer, letters, press):
+        jobs = [Answers(letters(), tokenizer, LENGTH, 3, seed=0), Losses(torch.randint(0, 256, (2, 150)))]
+        policies = [
+            Policy("dense"), Policy("spkv", OpenGate(), threshold=0.5), Policy(press, match_threshold=0.5, press=press),
+        ]  # fmt: skip
+        rows = evaluate(words_model, jobs, policies)
+        (dense, _, pressed), (dense_loss, _, pressed_loss) = rows[:3], rows[3:]
+        for name in ("score", "kept_fraction", "by_fact", "by_turn", "tokens", "kv_bytes"):
+            assert pressed[name] == dense[name]
+        assert pressed_loss["continuation_loss"] == pytest.approx(dense_loss["continuation_loss"], rel=1e-5)
+        assert pressed_loss["loss"] is None
+
+    def test_memory_is_that_of_spkv(self, words_model, tokenizer, letters):
+        jobs = [Answers(letters(), tokenizer, LENGTH, 3, seed=0), Losses(torch.randint(0, 256, (2, 150)))]
+        policies = make_policies(["dense", "spkv", *PRESSES], [0.3, 0.6], match_thresholds=[0.3, 0.6])
+        rows = evaluate(words_model, jobs, policies)
+        for row in rows:
+            if row["policy"] in PRESSES:
+                (own,) = (
+                    other for other in rows if other["policy"] == "spkv" and other["task"] == row["task"]
+                    and other["threshold"] == row["match_threshold"]
+                )  # fmt: skip
+                # kvpress rounds down to whole pairs of each head.
+                assert 0 <= own["context_kept_fraction"] - row["context_kept_fraction"] < 0.01
+                assert row["density"] is None
+
+    def test_models_and_texts_that_cannot_be_pruned_are_named(self, words_model, tokenizer, letters):
+        from transformers import StableLmConfig, StableLmForCausalLM
+
+        other = StableLmForCausalLM(
+            StableLmConfig(
+                vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+                num_key_value_heads=2,
+            )
+        )  # fmt: skip
+        with pytest.raises(ValueError, match=r"policy tova: kvpress supports .*LlamaForCausalLM.*, not StableLm"):
+            check_press("tova", other)
+        policies = [
+            Policy("spkv", ThresholdGate(0.5), threshold=0.5),
+            Policy("snapkv", match_threshold=0.5, press="snapkv"),
+        ]
+        with pytest.raises(ValueError, match="policy snapkv needs a context of at least 65 tokens; this one has 60"):
+            evaluate(words_model, [Losses(torch.zeros(1, 80, dtype=torch.long))], policies)
+        with pytest.raises(ValueError, match="cannot be computed with a mask"):
+            evaluate(words_model, [Losses(torch.zeros(1, 150, dtype=torch.long))], policies, oracle=True)
+        words_model.config.max_position_embeddings = 100
+        with pytest.raises(ValueError, match="150 tokens exceed the model's 100 positions"):
+            evaluate(words_model, [Losses(torch.zeros(1, 150, dtype=torch.long))], policies)
