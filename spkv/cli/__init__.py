@@ -34,7 +34,7 @@ def _repeat_options(arguments: Sequence[str]) -> list[str]:
     option = None
     for previous, argument in zip(["", *arguments], arguments, strict=False):
         if argument.startswith("-"):
-            option = argument if argument in ("--data", "--validation") else None
+            option = argument if argument in ("--data", "--text", "--validation") else None
         elif option is not None and previous != option:
             repeated.append(option)
         repeated.append(argument)

@@ -47,6 +47,7 @@ Threshold = Annotated[
 Data = Annotated[
     list[Path], typer.Option("--data", metavar="FILE...", help="Text or JSON lines, also .xz, .gz or .bz2; repeatable.")
 ]
+Texts = Annotated[list[Path], typer.Option("--text", metavar="FILE...", help="Texts to read; repeatable.")]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; default: a GPU if there is one.")]
 Dtype = Annotated[
     str | None, typer.Option(help=f"Of weights and cache: {', '.join(DTYPES)}; default: the checkpoint's.")
@@ -213,52 +214,54 @@ def evaluate(
 @app.command()
 def inspect(
     model: Model,
-    text: Annotated[Path, typer.Option(metavar="FILE", help="The text to read; of several documents the first.")],
-    output: Annotated[Path, typer.Option(metavar="DIR", help="For density.png, tokens.html and densities.json.")],
+    text: Texts,
+    output: Annotated[
+        Path,
+        typer.Option(metavar="DIR", help="For inspection.html, inspection.json and, with matplotlib, density.png."),
+    ],
     adapter: Adapter = None,
     threshold: Threshold = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens of it to read; default: all.")] = None,
+    documents: Annotated[int, typer.Option(help="Documents of each file to read at most.")] = 1,
+    tokens: Annotated[int | None, typer.Option(help="Tokens of a document to read at most; default: all.")] = None,
+    later_queries: Annotated[
+        int, typer.Option(help="Later queries to find for every pair kept; 0 takes less time.")
+    ] = 3,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """Draw what each layer and head keeps of a text.
+    """Show what each layer, head and token keeps of some texts.
 
-    Writes a heat map, a page with every token shaded by how many heads keep it, and the numbers.
+    Writes one page that needs no network, and its data as JSON.
 
     \b
     Example:
-      spkv inspect smollm2 --text chapter.txt --output pictures
+      spkv inspect smollm2 --text chapter.txt program.py --output inspection
     """
-    from spkv.text import read_document
+    from spkv.text import read_some
 
-    content = read_document(text)
+    texts = read_some(text, documents)
     with working() as progress:
-        import spkv
         from spkv.hf.generation import check_length
-        from spkv.inspect.densities import encode_pieces, text_densities, write_report
+        from spkv.inspect import encode_pieces, inspect_texts, write_inspection
 
         tokenizer, config = tokenizer_and_config(model)
-        input_ids, pieces = encode_pieces(tokenizer, content, tokens)
-        check_length(config, len(pieces))
+        for _, content in texts:  # what is too long should show before the model is loaded
+            check_length(config, len(encode_pieces(tokenizer, content, tokens)[1]))
         with opened(model, adapter, device, dtype, threshold) as loaded:
-            densities = text_densities(loaded, input_ids, progress=lambda done: progress("reading", done, len(pieces)))
-            facts = {
-                "model": Path(model).absolute().name,
-                "text": text.name,
-                "threshold": spkv.attachment(loaded).threshold,
-            }
-        title = f"{facts['model']} on {facts['text']}, threshold {facts['threshold']:g}"
-        paths = write_report(densities, pieces, output, title=title, facts=facts)
-    result = {
-        **facts,
-        "tokens": densities.tokens,
-        "window": densities.window,
-        "density": densities.density(),
-        "kept_fraction": densities.kept_fraction(),
-        **paths,
-    }
-    emit(result, as_json, print_values)
+            inspection = inspect_texts(
+                loaded,
+                tokenizer,
+                texts,
+                name=Path(model).absolute().name,
+                limit=tokens,
+                strongest=later_queries,
+                progress=progress,
+            )
+        paths = write_inspection(inspection, output)
+    keys = ("model", "threshold", "tokens", "window", "density", "kept_fraction")
+    summary = inspection.summary()
+    emit({key: summary[key] for key in keys} | {"documents": len(texts), **paths}, as_json, print_values)
 
 
 @app.command()

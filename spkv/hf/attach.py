@@ -47,6 +47,7 @@ class Attachment:
         oracle: True computes passes without a cache through a dense mask, for tests and evaluation.
         max_memory: bytes that a cache made by `generate()` may take at most; None for no bound.
         page_dtype: how its kept pairs are coded; as in `SPKVConfig`, whose value it starts with.
+        observer: called by every global layer of a pass that fills a cache; see `observing`.
     """
 
     def __init__(self, decoder: Decoder, config: SPKVConfig, layers: tuple[int, ...]):
@@ -55,6 +56,7 @@ class Attachment:
         self.oracle = False
         self.max_memory: int | None = None
         self.page_dtype: PageDtype = config.page_dtype
+        self.observer: forward.Observer | None = None
         self.suspended = False
         self.context: forward.ForwardContext | None = None  # of the pass under way, where keywords do not carry it
         self._record: Record | None = None
@@ -94,6 +96,15 @@ class Attachment:
             yield self._record
         finally:
             self._record = before
+
+    @contextlib.contextmanager
+    def observing(self, observer: forward.Observer) -> Iterator[None]:
+        """Show the queries, keys and decisions of the passes inside to `observer`, layer by layer."""
+        before, self.observer = self.observer, observer
+        try:
+            yield
+        finally:
+            self.observer = before
 
     def new_cache(self, max_memory: int | None = None, page_dtype: PageDtype = None) -> SPKVCache:
         """An empty cache for this model; what is None is taken from the attachment."""

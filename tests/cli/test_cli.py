@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -30,8 +29,6 @@ GENERATION = {
     "prefill_seconds": float,
     "decode_tokens_per_second": float,
 }
-
-needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
 
 
 @pytest.fixture
@@ -182,17 +179,24 @@ def test_eval_for_people(run, whole, text_file):
     assert "evaluating" in err
 
 
-@needs_matplotlib
-def test_inspect_writes_three_files(run_json, run, whole, text_file, tmp_path):
-    given = ("inspect", whole, "--text", text_file, "--output", tmp_path / "out", "--tokens", 120, "--threshold", 0.4)
+def test_inspect_writes_a_page_and_its_data(run_json, run, whole, text_file, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("Another text, a shorter one.")
+    given = (
+        "inspect", whole, "--text", text_file, other, "--output", tmp_path / "out", "--tokens", 120, "--threshold", 0.4,
+        "--later-queries", 2,
+    )  # fmt: skip
     result = run_json(*given)
-    for kind in ("density_png", "token_page", "densities_json"):
-        assert Path(result.pop(kind)).is_file()
-    stored = json.loads((tmp_path / "out" / "densities.json").read_text())
+    for kind in ("inspection_page", "inspection_json", "density_png"):
+        path = result.pop(kind, None)
+        assert (path is None and kind == "density_png") or Path(path).is_file()
+    assert result.pop("documents") == 2
+    stored = json.loads((tmp_path / "out" / "inspection.json").read_text())
     assert result == {key: stored[key] for key in result}
-    assert (result["text"], result["tokens"], result["threshold"], result["window"]) == ("notes.txt", 120, 0.4, 16)
+    assert (result["tokens"], result["threshold"], result["window"]) == (120 + 28, 0.4, 16)
     assert 0 < result["density"] < 1
-    assert "tokens.html" in run(*given)[0].replace("\n", "")
+    assert [document["name"] for document in stored["documents"]] == ["notes.txt", "other.txt"]
+    assert "inspection.html" in run(*given)[0].replace("\n", "")
 
 
 def test_adapt_hands_its_options_on(run_json, monkeypatch, tmp_path):
@@ -284,6 +288,10 @@ BAD = {
     "long text": (
         ["inspect", "{whole}", "--text", "{text}", "--output", "out"],
         "the text has 448 tokens, but the model has 256 positions",
+    ),
+    "no documents": (
+        ["inspect", "{whole}", "--text", "{text}", "--output", "out", "--documents", "0"],
+        "the number of documents must be at least 1, not 0",
     ),
     "recipe": (
         ["adapt", "{base}", "--data", "{text}", "--output", "out", "--recipe", "slow"],
