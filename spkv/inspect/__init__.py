@@ -9,9 +9,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from spkv.inspect.comparison import Comparison as Comparison
+    from spkv.inspect.comparison import compare as compare
     from spkv.inspect.densities import TextDensities as TextDensities
     from spkv.inspect.densities import encode_pieces as encode_pieces
     from spkv.inspect.densities import text_densities as text_densities
+    from spkv.inspect.frames import heads_frame as heads_frame
+    from spkv.inspect.frames import pairs_frame as pairs_frame
+    from spkv.inspect.frames import tokens_frame as tokens_frame
     from spkv.inspect.inspection import Document as Document
     from spkv.inspect.inspection import Inspection as Inspection
     from spkv.inspect.inspection import inspect_texts as inspect_texts
@@ -20,13 +25,18 @@ if TYPE_CHECKING:
     from spkv.inspect.report import write_token_page as write_token_page
 
 _HOME = {
+    "Comparison": "comparison",
     "Document": "inspection",
     "Inspection": "inspection",
     "TextDensities": "densities",
+    "compare": "comparison",
     "encode_pieces": "densities",
+    "heads_frame": "frames",
     "inspect_texts": "inspection",
+    "pairs_frame": "frames",
     "plot_density": "report",
     "text_densities": "densities",
+    "tokens_frame": "frames",
     "write_inspection": "page",
     "write_token_page": "report",
 }

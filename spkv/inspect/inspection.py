@@ -101,17 +101,21 @@ class Inspection:
         """Tokens that have left the window, over all documents."""
         return sum(document.left for document in self.documents)
 
-    def _left(self, name: str) -> Tensor:
-        """[L, Hkv, left]: "keep" or "utilities" of the pairs that have left the window, documents joined."""
-        return torch.cat([getattr(d.densities, name)[:, :, : d.left] for d in self.documents], dim=2)
+    def keep(self) -> Tensor:
+        """[L, Hkv, left] bool: the decisions about the pairs that have left the window, documents joined."""
+        return torch.cat([d.densities.keep[:, :, : d.left] for d in self.documents], dim=2)
+
+    def utilities(self) -> Tensor:
+        """[L, Hkv, left] float32: their utilities."""
+        return torch.cat([d.densities.utilities[:, :, : d.left] for d in self.documents], dim=2)
 
     def density_by_head(self) -> Tensor:
         """[L, Hkv] float64; nan where nothing has left the window."""
-        return self._left("keep").double().mean(-1)
+        return self.keep().double().mean(-1)
 
     def utility_by_head(self) -> Tensor:
         """[L, Hkv] float64: mean utility of the pairs that have left the window; nan where there are none."""
-        return self._left("utilities").double().mean(-1)
+        return self.utilities().double().mean(-1)
 
     def density(self) -> float | None:
         """Density over all documents, layers and heads; None if nothing has left the window."""
@@ -125,31 +129,31 @@ class Inspection:
 
     def utility_histogram(self) -> Tensor:
         """[L, Hkv, UTILITY_BINS] int64: pairs that have left the window, by utility in equal bins of [0, 1]."""
-        index = (self._left("utilities") * UTILITY_BINS).long().clamp(0, UTILITY_BINS - 1)
+        index = (self.utilities() * UTILITY_BINS).long().clamp(0, UTILITY_BINS - 1)
         counts = torch.zeros(*index.shape[:2], UTILITY_BINS, dtype=torch.long)
         return counts.scatter_add_(2, index, torch.ones_like(index))
 
     def undecided(self) -> Tensor:
         """[L, Hkv] float64: share of utilities strictly between 0.1 and 0.9; 0 for perfectly sharp gates."""
-        utility = self._left("utilities")
+        utility = self.utilities()
         return ((utility > _UNDECIDED[0]) & (utility < _UNDECIDED[1])).double().mean(-1)
 
     def kind_counts(self) -> tuple[Tensor, Tensor]:
         """Tokens that have left the window by kind, and how many each head keeps: [kinds] and [L, Hkv, kinds]."""
         kinds = torch.cat([document.kinds[: document.left] for document in self.documents])
-        return count_kinds(kinds, self._left("keep"))
+        return count_kinds(kinds, self.keep())
 
     def early_and_late(self) -> tuple[Tensor, Tensor]:
         """[L, Hkv] float64 twice: density in the first tenth of each document's positions, and in the others."""
         first = torch.cat([torch.arange(d.left) * 10 < d.left for d in self.documents])
-        keep = self._left("keep").double()
+        keep = self.keep().double()
         return keep[:, :, first].mean(-1), keep[:, :, ~first].mean(-1)
 
     def words(self) -> dict[str, Any]:
         """What the heads keep, in words: `all` together, and `heads` [L][Hkv]."""
         if not self.left:
             nothing = "has nothing to keep yet: no token has left the window"
-            return {"all": nothing, "heads": [[nothing] * self._left("keep").shape[1] for _ in self.layers]}
+            return {"all": nothing, "heads": [[nothing] * self.keep().shape[1] for _ in self.layers]}
         counts, kept = self.kind_counts()
         density, (first, rest) = self.density_by_head(), self.early_and_late()
 
@@ -169,7 +173,7 @@ class Inspection:
     def summary(self) -> dict[str, Any]:
         """Everything but the tokens, as plain JSON values; null stands where nothing has left the window."""
         counts, kept = self.kind_counts()
-        utility = self._left("utilities")
+        utility = self.utilities()
         return {
             "model": self.model,
             "threshold": self.threshold,
