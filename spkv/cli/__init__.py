@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import typer
 
 from spkv.cache.pages import PoolFullError
+from spkv.cli import inspection as inspection  # its commands join the app's
 from spkv.cli.commands import TRACEBACK, app
 
 __all__ = ["app", "main"]

@@ -47,7 +47,6 @@ Threshold = Annotated[
 Data = Annotated[
     list[Path], typer.Option("--data", metavar="FILE...", help="Text or JSON lines, also .xz, .gz or .bz2; repeatable.")
 ]
-Texts = Annotated[list[Path], typer.Option("--text", metavar="FILE...", help="Texts to read; repeatable.")]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; default: a GPU if there is one.")]
 Dtype = Annotated[
     str | None, typer.Option(help=f"Of weights and cache: {', '.join(DTYPES)}; default: the checkpoint's.")
@@ -179,8 +178,8 @@ def evaluate(
 ) -> None:
     """Measure loss and density of held-out text.
 
-    A row a policy: dense; spkv at each threshold; streaming, 4 sinks and the window; random, at the density of spkv
-    at the stored threshold (at the middle one, if that is not among --thresholds).
+    A row a policy: dense; spkv at each threshold, or with the model's static layout; streaming, 4 sinks and the window;
+    random, at the density of spkv at the stored threshold (at the middle one, if that is not among --thresholds).
 
     \b
     Example:
@@ -188,7 +187,7 @@ def evaluate(
     """
     with working() as progress:
         import spkv
-        from spkv.evals import TASKS, cut_sequences, evaluate_nll, make_policies
+        from spkv.evals import TASKS, cut_sequences, evaluate_nll, layout_policies, make_policies
         from spkv.hf.generation import check_length
 
         check_page_dtype(page_dtype)
@@ -200,68 +199,19 @@ def evaluate(
         check_length(config, sequence_length)
         sequences = cut_sequences(data, tokenizer, sequence_length, limit=limit, progress=progress)
         with opened(model, adapter, device, dtype, page_dtype=page_dtype) as loaded:
-            stored = spkv.attachment(loaded).config.threshold
+            found = spkv.attachment(loaded)
+            if found.config.layout is None:
+                chosen = make_policies(names, values, stored_threshold=found.config.threshold)
+            else:
+                chosen = layout_policies(names, found.gate, found.layout_density())
             rows = evaluate_nll(
                 loaded,
                 sequences,
-                make_policies(names, values, stored_threshold=stored),
+                chosen,
                 batch_size=batch_size,
                 progress=progress,
             )
     emit(rows, as_json, partial(print_evaluation, sequence_length=sequence_length))
-
-
-@app.command()
-def inspect(
-    model: Model,
-    text: Texts,
-    output: Annotated[
-        Path,
-        typer.Option(metavar="DIR", help="For inspection.html, inspection.json and, with matplotlib, density.png."),
-    ],
-    adapter: Adapter = None,
-    threshold: Threshold = None,
-    documents: Annotated[int, typer.Option(help="Documents of each file to read at most.")] = 1,
-    tokens: Annotated[int | None, typer.Option(help="Tokens of a document to read at most; default: all.")] = None,
-    later_queries: Annotated[
-        int, typer.Option(help="Later queries to find for every pair kept; 0 takes less time.")
-    ] = 3,
-    device: Device = None,
-    dtype: Dtype = None,
-    as_json: Json = False,
-) -> None:
-    """Show what each layer, head and token keeps of some texts.
-
-    Writes one page that needs no network, and its data as JSON.
-
-    \b
-    Example:
-      spkv inspect smollm2 --text chapter.txt program.py --output inspection
-    """
-    from spkv.text import read_some
-
-    texts = read_some(text, documents)
-    with working() as progress:
-        from spkv.hf.generation import check_length
-        from spkv.inspect import encode_pieces, inspect_texts, write_inspection
-
-        tokenizer, config = tokenizer_and_config(model)
-        for _, content in texts:  # what is too long should show before the model is loaded
-            check_length(config, len(encode_pieces(tokenizer, content, tokens)[1]))
-        with opened(model, adapter, device, dtype, threshold) as loaded:
-            inspection = inspect_texts(
-                loaded,
-                tokenizer,
-                texts,
-                name=Path(model).absolute().name,
-                limit=tokens,
-                strongest=later_queries,
-                progress=progress,
-            )
-        paths = write_inspection(inspection, output)
-    keys = ("model", "threshold", "tokens", "window", "density", "kept_fraction")
-    summary = inspection.summary()
-    emit({key: summary[key] for key in keys} | {"documents": len(texts), **paths}, as_json, print_values)
 
 
 @app.command()

@@ -4,8 +4,8 @@
 """
 
 from spkv.evals.nll import cut_sequences, evaluate_nll
-from spkv.evals.policies import Policy, make_policies
+from spkv.evals.policies import Policy, layout_policies, make_policies
 
 TASKS: dict[str, str] = {"nll": "spkv.evals.nll"}
 
-__all__ = ["TASKS", "Policy", "cut_sequences", "evaluate_nll", "make_policies"]
+__all__ = ["TASKS", "Policy", "cut_sequences", "evaluate_nll", "layout_policies", "make_policies"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from spkv.config import check_threshold
-from spkv.gates import Gate, SinkGate, ThresholdGate
+from spkv.gates import Gate, RandomGate, SinkGate, ThresholdGate
 
 POLICIES = ("dense", "spkv", "streaming", "random")
 # StreamingLLM (arXiv 2309.17453) needs no more than four.
@@ -28,6 +28,23 @@ class Policy:
     gate: Gate | None = None
     threshold: float | None = None
     match_threshold: float | None = None
+
+
+def layout_policies(names: Sequence[str], gate: Gate, density: float) -> list[Policy]:
+    """Make the policies called `names` for a model with a static layout: `spkv` is the layout, at no threshold.
+
+    Args:
+        names: out of `POLICIES`.
+        gate: the layout's.
+        density: its share of heads that keep everything, which `random` takes.
+    """
+    made = {
+        "dense": Policy("dense"),
+        "spkv": Policy("spkv", gate),
+        "streaming": Policy("streaming", SinkGate(SINKS)),
+        "random": Policy("random", RandomGate(density)),
+    }
+    return [made[name] for name in dict.fromkeys(names)]
 
 
 def make_policies(

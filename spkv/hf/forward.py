@@ -234,8 +234,9 @@ def attention(
     options: dict[str, Any] = dict(scale=scaling, softcap=softcap, sinks=s_aux)
     layer, window = module.layer_idx, spkv.attachment.config.window
     utility, gate = spkv.utility, spkv.gate
-    if utility is None:  # a global layer without a predictor keeps everything
-        utility, gate = query.new_ones(key.shape[:3], dtype=torch.float32), OpenGate()
+    if utility is None:  # a global layer without a predictor keeps everything, unless a layout says what it keeps
+        utility = query.new_ones(key.shape[:3], dtype=torch.float32)
+        gate = OpenGate() if spkv.attachment.config.layout is None else gate
     if spkv.cache is not None:
         assert isinstance(gate, HardGate)  # or there would be no cache
         keep = gate.keep(utility, layer=layer, position=spkv.position) if spkv.keep is None else spkv.keep

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from spkv.inspect.frames import heads_frame as heads_frame
     from spkv.inspect.frames import pairs_frame as pairs_frame
     from spkv.inspect.frames import tokens_frame as tokens_frame
+    from spkv.inspect.hybrid import HybridLayout as HybridLayout
+    from spkv.inspect.hybrid import hybrid_layout as hybrid_layout
+    from spkv.inspect.hybrid import make_hybrid as make_hybrid
     from spkv.inspect.inspection import Document as Document
     from spkv.inspect.inspection import Inspection as Inspection
     from spkv.inspect.inspection import inspect_texts as inspect_texts
@@ -27,12 +30,15 @@ if TYPE_CHECKING:
 _HOME = {
     "Comparison": "comparison",
     "Document": "inspection",
+    "HybridLayout": "hybrid",
     "Inspection": "inspection",
     "TextDensities": "densities",
     "compare": "comparison",
     "encode_pieces": "densities",
     "heads_frame": "frames",
+    "hybrid_layout": "hybrid",
     "inspect_texts": "inspection",
+    "make_hybrid": "hybrid",
     "pairs_frame": "frames",
     "plot_density": "report",
     "text_densities": "densities",

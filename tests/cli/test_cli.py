@@ -199,6 +199,29 @@ def test_inspect_writes_a_page_and_its_data(run_json, run, whole, text_file, tmp
     assert "inspection.html" in run(*given)[0].replace("\n", "")
 
 
+def test_hybrid_writes_a_checkpoint_that_other_commands_take(run_json, whole, text_file, tmp_path):
+    output = tmp_path / "hybrid"
+    given = ("hybrid", whole, "--text", text_file, "--tokens", 200, "--output", output)
+    report = run_json(*given, "--global-heads", 1, "--strategy", "random", "--seed", 3)
+    assert json.loads((output / "hybrid.json").read_text()) == report
+    assert (report["global_heads"], report["heads"], report["length"]) == (1, 4, 256)
+    assert report["kept_fraction"] == pytest.approx(0.25 + 0.75 * 16 / 256)
+    assert 0 < report["utility_covered"] < 1
+    generated = run_json("generate", output, "--prompt", PROMPT, "--max-new-tokens", 2)
+    assert generated["density"] == 0.25
+    rows = run_json("eval", output, "--data", text_file, "--sequence-length", 100)
+    assert [(row["policy"], row["threshold"]) for row in rows] == [
+        ("dense", None), ("spkv", None), ("streaming", None), ("random", None),
+    ]  # fmt: skip
+    assert rows[1]["density"] == 0.25
+    inspected = run_json("inspect", output, "--text", text_file, "--tokens", 100, "--output", tmp_path / "page")
+    assert (inspected["density"], inspected["threshold"]) == (0.25, None)
+    half = run_json(*given, "--kv-budget", 0.5, "--length", 160, "--strategy", "interleave")
+    assert (half["global_heads"], half["kept_fraction"]) == (0, 0.1)  # one layer of two would be 0.55
+    half = run_json(*given, "--kv-budget", 0.55, "--length", 160, "--strategy", "interleave")
+    assert (half["global_heads"], half["layout"]) == (2, {"0": [], "1": [0, 1]})
+
+
 def test_adapt_hands_its_options_on(run_json, monkeypatch, tmp_path):
     calls = []
 
@@ -288,6 +311,10 @@ BAD = {
     "long text": (
         ["inspect", "{whole}", "--text", "{text}", "--output", "out"],
         "the text has 448 tokens, but the model has 256 positions",
+    ),
+    "heads and budget": (
+        ["hybrid", "{whole}", "--text", "{text}", "--output", "out"],
+        "give one of --global-heads N and --kv-budget F",
     ),
     "no documents": (
         ["inspect", "{whole}", "--text", "{text}", "--output", "out", "--documents", "0"],
