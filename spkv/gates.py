@@ -7,6 +7,7 @@ own sequence. `layer` is the layer's index in the model.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -72,6 +73,21 @@ class AnnealedGate(Gate):
     def log_gate(self, utility: Tensor, *, layer: int, position: Tensor) -> Tensor:
         utility = utility.detach()
         return torch.lerp(utility, (utility >= self.threshold).to(utility.dtype), self.alpha).log()
+
+
+@dataclass(frozen=True)
+class HeadGate(Gate):
+    """Learning a layout: the bias is log z of a head, whatever the utility.
+
+    Attributes:
+        factors: layer -> z [kv_heads], in [0, 1].
+    """
+
+    factors: Mapping[int, Tensor]
+    hard: ClassVar[bool] = False
+
+    def log_gate(self, utility: Tensor, *, layer: int, position: Tensor) -> Tensor:
+        return self.factors[layer].float().clamp_min(_TINY).log()[:, None].expand_as(utility)
 
 
 @dataclass(frozen=True)

@@ -70,12 +70,14 @@ def hybrid(
         float | None, typer.Option(help="Share of a dense cache to hold, windows included, in place of --global-heads.")
     ] = None,
     strategy: Annotated[
-        str, typer.Option(help="densest-heads, densest-layers, interleave or random.")
+        str, typer.Option(help="densest-heads, densest-layers, interleave, random or learned.")
     ] = "densest-heads",
     length: Annotated[
         int | None, typer.Option(help="Tokens at which the budget holds; default: the model's positions.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of strategy random.")] = 0,
+    steps: Annotated[int, typer.Option(help="Of strategy learned, each on a sequence of the texts.")] = 200,
+    sequence_length: Annotated[int, typer.Option(help="Tokens of such a sequence.")] = 1024,
+    seed: Annotated[int, typer.Option(help="Of strategies random and learned.")] = 0,
     adapter: Adapter = None,
     threshold: Threshold = None,
     documents: Documents = 1,
@@ -86,7 +88,9 @@ def hybrid(
 ) -> None:
     """Turn measured utilities into a static layout: global heads, and local ones that hold their window only.
 
-    Writes a checkpoint that needs no predictors. It has not been trained with this layout: `spkv adapt` does that.
+    Strategy learned trains a gate for each head and no weights: it looks for the heads that the model's predictions
+    need, and takes the longest. Writes a checkpoint that needs no predictors. It has not been trained with this layout:
+    `spkv adapt` does that.
 
     \b
     Example:
@@ -95,7 +99,9 @@ def hybrid(
     if (global_heads is None) == (kv_budget is None):
         raise ValueError("give one of --global-heads N and --kv-budget F")
     with working() as progress:
+        from spkv.inspect import encode_pieces
         from spkv.inspect.hybrid import heads_in_budget, hybrid_layout, make_hybrid, write_hybrid
+        from spkv.inspect.learned import LearningOptions, learn_heads
 
         tokenizer, config = tokenizer_and_config(model)
         at = config.max_position_embeddings if length is None else length
@@ -105,7 +111,16 @@ def hybrid(
             if global_heads is None:
                 assert kv_budget is not None
                 global_heads = heads_in_budget(inspection, kv_budget, at, strategy)
-            layout = hybrid_layout(inspection, global_heads, strategy, seed=seed)
+            scores = None
+            if strategy == "learned":
+                scores = learn_heads(
+                    loaded,
+                    [encode_pieces(tokenizer, content, tokens)[0] for _, content in texts],
+                    global_heads,
+                    LearningOptions(steps, sequence_length=sequence_length, seed=seed),
+                    progress=lambda done: progress("learning", done, steps),
+                )
+            layout = hybrid_layout(inspection, global_heads, strategy, seed=seed, scores=scores)
             make_hybrid(loaded, layout)
             report = write_hybrid(loaded, layout, inspection, output, length=at)
             tokenizer.save_pretrained(output)

@@ -80,7 +80,9 @@ class HybridLayout:
         }
 
 
-def hybrid_layout(inspection: Inspection, global_heads: int, strategy: str, *, seed: int = 0) -> HybridLayout:
+def hybrid_layout(
+    inspection: Inspection, global_heads: int, strategy: str, *, seed: int = 0, scores: Tensor | None = None
+) -> HybridLayout:
     """Choose the heads that stay global.
 
     Args:
@@ -88,6 +90,7 @@ def hybrid_layout(inspection: Inspection, global_heads: int, strategy: str, *, s
         global_heads: N, 0 to L * Hkv; the strategies that take whole layers need a multiple of Hkv.
         strategy: one of `STRATEGIES`.
         seed: of `random`.
+        scores: [L, Hkv] for `learned`, from `spkv.inspect.learned.learn_heads`.
 
     Raises:
         ValueError: for an unknown strategy, an impossible number, or documents that do not leave the window.
@@ -104,8 +107,10 @@ def hybrid_layout(inspection: Inspection, global_heads: int, strategy: str, *, s
         raise ValueError(
             f"{strategy} takes whole layers: global_heads must be a multiple of {utility.shape[1]}, not {global_heads}"
         )
+    if (strategy == "learned") != (scores is not None):
+        raise ValueError("strategy learned, and no other, takes scores")
     heads = torch.zeros(utility.shape, dtype=torch.bool)
-    heads.view(-1)[STRATEGIES[strategy](utility, global_heads, seed)] = True
+    heads.view(-1)[STRATEGIES[strategy](utility if scores is None else scores, global_heads, seed)] = True
     return HybridLayout(
         strategy=strategy,
         layers=inspection.layers,
@@ -220,4 +225,5 @@ STRATEGIES: dict[str, Callable[[Tensor, int, int], Tensor]] = {
     "densest-layers": _densest_layers,
     "interleave": _interleave,
     "random": _random,
+    "learned": _densest_heads,  # by the scores it is given
 }

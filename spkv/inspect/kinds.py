@@ -28,6 +28,7 @@ _SENTENCE_ENDS = frozenset(".!?:\n")
 # Below this many tokens a rate says little; the first tokens are few in any text.
 _ENOUGH = 20
 _PREFERRED, _AVOIDED = 1.5, 0.5  # times the density of the head
+_NAMED = 4  # kinds that a sentence names at most, on each side
 
 
 def token_kinds(pieces: Sequence[str]) -> Tensor:
@@ -96,8 +97,8 @@ def describe(density: float, counts: Sequence[int], kept: Sequence[float], early
     }
     ordered = sorted(rates, key=lambda name: -rates[name])
     some = max(density, 0.005)
-    more = [f"{name} ({rates[name]:.0%})" for name in ordered if rates[name] >= _PREFERRED * some]
-    less = [f"{name} ({rates[name]:.0%})" for name in reversed(ordered) if rates[name] <= _AVOIDED * some]
+    more = [f"{name} ({rates[name]:.0%})" for name in ordered if rates[name] >= _PREFERRED * some][:_NAMED]
+    less = [f"{name} ({rates[name]:.0%})" for name in reversed(ordered) if rates[name] <= _AVOIDED * some][:_NAMED]
     if density < 0.005:
         start = "keeps next to nothing" + (", but " if more else "")
         return start + ", ".join(more)

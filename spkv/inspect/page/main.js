@@ -49,8 +49,9 @@ function showHeads() {
 }
 
 async function showDocument(index) {
-  const text = await documents[index].load();
   Object.assign(state, { document: index, looked: 0 });
+  const text = await documents[index].load();
+  if (state.document !== index) return; // another one was chosen meanwhile
   view.open(text, text.shares(rowsShown(), state.shade));
   showHeads();
   document.documentElement.dataset.ready = index;
@@ -70,4 +71,4 @@ byId("facts").textContent = `${count(data.tokens)} tokens in ${documents.length}
 byId("every").replaceChildren(...everyRow.map(row => element("li", `${rowName(row)} ${ofRows(data.words.heads, [row])[0]}.`)));
 showMemory();
 showDocuments(showDocument);
-showDocument(0);
+showDocument(0).catch(error => { byId("facts").textContent = `This browser cannot unpack the data (${error}).`; });
