@@ -2,7 +2,8 @@
 
 An adapter directory holds `spkv_config.json` (config, what the base was, what it was trained to), the predictors in
 `predictor.safetensors`, and, if the model was trained with LoRA, PEFT's own two files. A whole model is a directory
-that transformers reads as usual, with the first two files beside. Only safetensors are read or written.
+that transformers reads as usual, with the first two files beside. A static layout stands in the config and has no
+predictors. Only safetensors are read or written.
 """
 
 from __future__ import annotations
@@ -82,6 +83,12 @@ def load_base(model: str | os.PathLike[str], *, dtype: torch.dtype | str | None 
         # What PEFT writes into an adapter: the name means the same elsewhere, the directory does not.
         loaded.name_or_path = str(model)
     return loaded
+
+
+def stored_config(model: str | os.PathLike[str]) -> SPKVConfig | None:
+    """The config in a directory that `save` or `save_adapter` wrote; None where there is none."""
+    path = Path(model)
+    return SPKVConfig.from_dict(_read_config(path)["config"]) if (path / CONFIG_FILE).is_file() else None
 
 
 def resolve_model(model: str | os.PathLike[str]) -> str:
@@ -179,6 +186,8 @@ def load_predictors(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         FileNotFoundError, ValueError: if the file is missing, unreadable, or of other layers or sizes.
     """
+    if not attachment(model).layers:
+        return  # a static layout
     file = Path(path) / PREDICTOR_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{os.fspath(path)!r} holds no {PREDICTOR_FILE}")
@@ -262,7 +271,8 @@ def _save_predictors(
     dtype: torch.dtype | None = None,
 ) -> None:
     weights = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in _predictor_parameters(model)}
-    save_file(weights, path / PREDICTOR_FILE, metadata={"format": "pt"})
+    if weights:
+        save_file(weights, path / PREDICTOR_FILE, metadata={"format": "pt"})
     gate = attachment(model).gate
     if isinstance(gate, ThresholdGate):  # it may have been moved since
         config = config.replace(threshold=gate.threshold)

@@ -27,6 +27,8 @@ class SPKVConfig:
         page_size: pairs in a page of the cache.
         page_dtype: one of `PAGE_DTYPES` codes kept pairs when they leave the window (see `spkv.ops.codec`); None keeps
             them in the model's dtype; a sequence says it for each layer of the model.
+        layout: a static layout in place of utilities and predictors: for each layer of the model, the KV heads that
+            keep every pair; the others keep their window only. A layer that is local by design has none.
     """
 
     window: int = 128
@@ -37,6 +39,7 @@ class SPKVConfig:
     layers: tuple[int, ...] | None = None
     page_size: int = 16
     page_dtype: PageDtype = None
+    layout: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         _check_positive_int("window", self.window)
@@ -53,6 +56,10 @@ class SPKVConfig:
             object.__setattr__(self, "layers", tuple(sorted(set(layers))))
         _check_positive_int("page_size", self.page_size)
         object.__setattr__(self, "page_dtype", check_page_dtype(self.page_dtype))
+        if self.layout is not None:
+            object.__setattr__(self, "layout", _checked_layout(self.layout))
+            if self.layers is not None:
+                raise ValueError("a static layout has no predictors: layers and layout exclude each other")
 
     def replace(self, **changes: Any) -> SPKVConfig:
         """Return a copy with some fields changed, checked again."""
@@ -64,6 +71,8 @@ class SPKVConfig:
         values["layers"] = None if self.layers is None else list(self.layers)
         if isinstance(self.page_dtype, tuple):
             values["page_dtype"] = list(self.page_dtype)
+        if self.layout is not None:
+            values["layout"] = [list(heads) for heads in self.layout]
         return values
 
     @classmethod
@@ -90,6 +99,13 @@ def check_page_dtype(page_dtype: PageDtype) -> str | tuple[str | None, ...] | No
             f"not {page_dtype!r}"
         )
     return page_dtype if page_dtype is None or isinstance(page_dtype, str) else tuple(page_dtype)
+
+
+def _checked_layout(layout: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    for heads in layout:
+        if any(isinstance(head, bool) or not isinstance(head, int) or head < 0 for head in heads):
+            raise ValueError(f"layout must list KV heads, counted from 0, for each layer, not {list(heads)!r}")
+    return tuple(tuple(sorted(set(heads))) for heads in layout)
 
 
 def check_threshold(threshold: float) -> float:

@@ -7,6 +7,7 @@ own sequence. `layer` is the layer's index in the model.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -91,6 +92,21 @@ class AnnealedGate(Gate):
 
 
 @dataclass(frozen=True)
+class HeadGate(Gate):
+    """Learning a layout: the bias is log z of a head, whatever the utility.
+
+    Attributes:
+        factors: layer -> z [kv_heads], in [0, 1].
+    """
+
+    factors: Mapping[int, Tensor]
+    hard: ClassVar[bool] = False
+
+    def log_gate(self, utility: Tensor, *, layer: int, position: Tensor) -> Tensor:
+        return self.factors[layer].float().clamp_min(_TINY).log()[:, None].expand_as(utility)
+
+
+@dataclass(frozen=True)
 class ThresholdGate(HardGate):
     """Inference: keep where u >= threshold."""
 
@@ -109,6 +125,24 @@ class OpenGate(HardGate):
 
     def keep(self, utility: Tensor, *, layer: int, position: Tensor) -> Tensor:
         return torch.ones_like(utility, dtype=torch.bool)
+
+
+@dataclass(frozen=True)
+class LayoutGate(HardGate):
+    """A static layout: some heads keep every pair, the others none, whatever the utilities.
+
+    Attributes:
+        layout: for each layer of the model, the KV heads that keep.
+    """
+
+    layout: tuple[tuple[int, ...], ...]
+
+    def keep(self, utility: Tensor, *, layer: int, position: Tensor) -> Tensor:
+        # Filled head by head on the device: a CUDA graph could not copy a list from the host.
+        heads = torch.zeros(utility.shape[1], 1, dtype=torch.bool, device=utility.device)
+        for head in self.layout[layer]:
+            heads[head].fill_(True)
+        return heads.expand_as(utility)
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import itertools
 import json
 import lzma
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -90,12 +91,25 @@ def read_document(path: str | os.PathLike[str]) -> str:
     Raises:
         FileNotFoundError, ValueError: if there is none, or the file is not of an accepted kind.
     """
-    path = Path(path)
-    check_readable(path)
-    for text, _ in read_documents(path):
-        if text.strip():
-            return text
-    raise ValueError(f"{path} holds no text")
+    return read_some([path])[0][1]
+
+
+def read_some(paths: Sequence[str | os.PathLike[str]], limit: int = 1) -> list[tuple[str, str]]:
+    """Return the first documents of files, blank ones left out, each with a name: the file's, numbered if several.
+
+    Raises:
+        FileNotFoundError, ValueError: if a file holds none or is not of an accepted kind, or `limit` is below 1.
+    """
+    if limit < 1:
+        raise ValueError(f"the number of documents must be at least 1, not {limit}")
+    found = []
+    for path in map(Path, paths):
+        check_readable(path)
+        texts = list(itertools.islice((text for text, _ in read_documents(path) if text.strip()), limit))
+        if not texts:
+            raise ValueError(f"{path} holds no text")
+        found += [(f"{path.name} {n}" if len(texts) > 1 else path.name, text) for n, text in enumerate(texts, 1)]
+    return found
 
 
 @contextmanager

@@ -47,12 +47,20 @@ def test_a_config_survives_json():
         ({"initial_bias": None}, TypeError, "initial_bias must be a number, not None"),
         ({"layers": ()}, ValueError, "layers must be None or non-negative layer indices"),
         ({"layers": (1, -1)}, ValueError, "non-negative layer indices"),
+        ({"layout": [[0], [-1]]}, ValueError, r"layout must list KV heads, counted from 0, for each layer, not \[-1\]"),
+        ({"layout": [[0]], "layers": (0,)}, ValueError, "layers and layout exclude each other"),
         ({"page_size": 0}, ValueError, "page_size must be at least 1"),
     ],
 )
 def test_bad_fields_are_named(fields, error, message):
     with pytest.raises(error, match=message):
         SPKVConfig(**fields)
+
+
+def test_a_layout_round_trips_as_json():
+    config = SPKVConfig(layout=((1, 0, 1), (), (2,)))
+    assert config.layout == ((0, 1), (), (2,))
+    assert SPKVConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_unknown_fields_are_named():

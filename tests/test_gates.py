@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spkv.gates import AnnealedGate, OpenGate, RandomGate, SinkGate, SoftGate, ThresholdGate
+from spkv.gates import AnnealedGate, LayoutGate, OpenGate, RandomGate, SinkGate, SoftGate, ThresholdGate
 from spkv.predictor import UtilityPredictor
 
 UTILITY = torch.tensor([[[0.1, 0.5, 0.9, 1e-38]]])
@@ -83,6 +83,16 @@ def test_random_has_its_density_and_depends_on_nothing_but_the_place(density):
 def test_bad_values_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_layout_decides_by_layer_and_head_alone():
+    gate = LayoutGate(((0, 2), ()))
+    utility, position = torch.rand(2, 3, 5), torch.arange(5)[None]
+    keep = gate.keep(utility, layer=0, position=position)
+    assert keep.shape == utility.shape
+    assert keep.float().mean((0, 2)).tolist() == [1, 0, 1]
+    assert not gate.keep(utility, layer=1, position=position).any()
+    assert gate.log_gate(utility, layer=0, position=position)[1, :, 4].tolist() == [0, float("-inf"), 0]
 
 
 def test_a_new_predictor_starts_at_its_bias():

@@ -6,7 +6,7 @@ import lzma
 
 import pytest
 
-from spkv.text import read_document, read_records
+from spkv.text import read_document, read_records, read_some
 
 
 def test_the_first_document_that_is_not_blank(tmp_path):
@@ -17,6 +17,16 @@ def test_the_first_document_that_is_not_blank(tmp_path):
     with lzma.open(lines, "wt") as stream:
         stream.writelines(json.dumps({"text": text}) + "\n" for text in (" ", "first", "second"))
     assert read_document(str(lines)) == "first"
+
+
+def test_the_first_documents_of_several_files(tmp_path):
+    (tmp_path / "a.txt").write_text("plain")
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in ("first", "", "second", "third"))
+    (tmp_path / "b.jsonl").write_text(lines)
+    assert read_some([tmp_path / "a.txt", tmp_path / "b.jsonl"]) == [("a.txt", "plain"), ("b.jsonl", "first")]
+    assert read_some([tmp_path / "b.jsonl"], 2) == [("b.jsonl 1", "first"), ("b.jsonl 2", "second")]
+    with pytest.raises(ValueError, match="the number of documents must be at least 1, not 0"):
+        read_some([tmp_path / "a.txt"], 0)
 
 
 def test_bad_files_are_named(tmp_path):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import typer
 
 from spkv.cache.pages import PoolFullError
-from spkv.cli import evaluation  # noqa: F401  (its commands join the others)
+from spkv.cli import evaluation, inspection  # noqa: F401  (their commands join the others)
 from spkv.cli.commands import TRACEBACK, app
 
 __all__ = ["app", "main"]
@@ -35,7 +35,7 @@ def _repeat_options(arguments: Sequence[str]) -> list[str]:
     option = None
     for previous, argument in zip(["", *arguments], arguments, strict=False):
         if argument.startswith("-"):
-            option = argument if argument in ("--data", "--validation") else None
+            option = argument if argument in ("--data", "--text", "--validation") else None
         elif option is not None and previous != option:
             repeated.append(option)
         repeated.append(argument)

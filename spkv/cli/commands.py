@@ -158,57 +158,6 @@ def generate(
 
 
 @app.command()
-def inspect(
-    model: Model,
-    text: Annotated[Path, typer.Option(metavar="FILE", help="The text to read; of several documents the first.")],
-    output: Annotated[Path, typer.Option(metavar="DIR", help="For density.png, tokens.html and densities.json.")],
-    adapter: Adapter = None,
-    threshold: Threshold = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens of it to read; default: all.")] = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    as_json: Json = False,
-) -> None:
-    """Draw what each layer and head keeps of a text.
-
-    Writes a heat map, a page with every token shaded by how many heads keep it, and the numbers.
-
-    \b
-    Example:
-      spkv inspect smollm2 --text chapter.txt --output pictures
-    """
-    from spkv.text import read_document
-
-    content = read_document(text)
-    with working() as progress:
-        import spkv
-        from spkv.hf.generation import check_length
-        from spkv.inspect.densities import encode_pieces, text_densities, write_report
-
-        tokenizer, config = tokenizer_and_config(model)
-        input_ids, pieces = encode_pieces(tokenizer, content, tokens)
-        check_length(config, len(pieces))
-        with opened(model, adapter, device, dtype, threshold) as loaded:
-            densities = text_densities(loaded, input_ids, progress=lambda done: progress("reading", done, len(pieces)))
-            facts = {
-                "model": Path(model).absolute().name,
-                "text": text.name,
-                "threshold": spkv.attachment(loaded).threshold,
-            }
-        title = f"{facts['model']} on {facts['text']}, threshold {facts['threshold']:g}"
-        paths = write_report(densities, pieces, output, title=title, facts=facts)
-    result = {
-        **facts,
-        "tokens": densities.tokens,
-        "window": densities.window,
-        "density": densities.density(),
-        "kept_fraction": densities.kept_fraction(),
-        **paths,
-    }
-    emit(result, as_json, print_values)
-
-
-@app.command()
 def adapt(
     model: Model,
     data: Data,

@@ -68,10 +68,11 @@ def evaluate(
 ) -> None:
     """Measure what pruning costs: losses of held-out text, and scores of tasks.
 
-    A row for each task, length and policy. dense keeps every pair; spkv prunes at each threshold; streaming keeps 4
-    sinks and the window; random has the density of spkv. h2o, expected-attention, snapkv, tova and keydiff run through
-    kvpress (pip install "spkv[baselines]"): they prune a context once it is read, to the kept_fraction of spkv, and
-    their loss is that of the 128 tokens after it. Sequences longer than the model's positions are read in windows.
+    A row for each task, length and policy. dense keeps every pair; spkv prunes at each threshold, or by the model's
+    static layout; streaming keeps 4 sinks and the window; random has the density of spkv. h2o, expected-attention,
+    snapkv, tova and keydiff run through kvpress (pip install "spkv[baselines]"): they prune a context once it is read,
+    to the kept_fraction of spkv, and their loss is that of the 128 tokens after it. Sequences longer than the model's
+    positions are read in windows.
 
     \b
     Example:
@@ -81,7 +82,7 @@ def evaluate(
     """
     with working() as progress:
         import spkv
-        from spkv.evals import Losses, cut_sequences, make_policies
+        from spkv.evals import Losses, cut_sequences, layout_policies, make_policies
         from spkv.evals import evaluate as run_evaluation
         from spkv.evals.presses import check_press
         from spkv.text import prefix_ids
@@ -110,11 +111,15 @@ def evaluate(
                 else:
                     jobs.append(_answers(made, tokenizer, config, length, limit or _EXAMPLES, seed))
         with opened(model, adapter, device, dtype, page_dtype=page_dtype) as loaded:
-            stored = spkv.attachment(loaded).config.threshold
+            found = spkv.attachment(loaded)
+            if found.config.layout is None:
+                chosen = make_policies(**named, stored_threshold=found.config.threshold)
+            else:
+                chosen = layout_policies(named["names"], found.gate, found.layout_density())
             rows = run_evaluation(
                 loaded,
                 jobs,
-                make_policies(**named, stored_threshold=stored),
+                chosen,
                 load=loader(model, device, dtype, page_dtype),
                 batch_size=batch_size,
                 oracle=oracle,

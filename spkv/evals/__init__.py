@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from spkv.evals.nll import Losses as Losses
     from spkv.evals.nll import cut_sequences as cut_sequences
     from spkv.evals.policies import Policy as Policy
+    from spkv.evals.policies import layout_policies as layout_policies
     from spkv.evals.policies import make_policies as make_policies
     from spkv.evals.runner import evaluate as evaluate
     from spkv.evals.runner import evaluate_nll as evaluate_nll
@@ -24,6 +25,7 @@ _HOME = {
     "cut_sequences": "spkv.evals.nll",
     "evaluate": "spkv.evals.runner",
     "evaluate_nll": "spkv.evals.runner",
+    "layout_policies": "spkv.evals.policies",
     "make_policies": "spkv.evals.policies",
 }
 

@@ -60,6 +60,28 @@ class Policy:
         return RandomGate(density)
 
 
+def layout_policies(names: Sequence[str], gate: Gate, density: float) -> list[Policy]:
+    """Make the policies called `names` for a model with a static layout: `spkv` is the layout, at no threshold.
+
+    Args:
+        names: dense, spkv, streaming, random.
+        gate: the layout's.
+        density: its share of heads that keep everything, which `random` takes.
+
+    Raises:
+        ValueError: for another name.
+    """
+    made = {
+        "dense": Policy("dense"),
+        "spkv": Policy("spkv", gate),
+        "streaming": Policy("streaming", SinkGate(SINKS)),
+        "random": Policy("random", RandomGate(density)),
+    }
+    if unknown := [name for name in names if name not in made]:
+        raise ValueError(f"a model with a static layout has the policies {', '.join(made)}, not {unknown}")
+    return [made[name] for name in dict.fromkeys(names)]
+
+
 def make_policies(
     names: Sequence[str] = DEFAULT_POLICIES,
     thresholds: Sequence[float] = (0.5,),

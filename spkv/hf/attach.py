@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from spkv.config import PageDtype, SPKVConfig, check_threshold
-from spkv.gates import Gate, ThresholdGate
+from spkv.gates import Gate, HardGate, LayoutGate, ThresholdGate
 from spkv.hf import forward, graph
 from spkv.hf.cache import SPKVCache
 from spkv.hf.families import Decoder, find_decoder
@@ -42,25 +42,39 @@ class Attachment:
     Attributes:
         config: the SPKVConfig.
         decoder: the decoder stack and its attentions.
-        layers: indices of the layers with a predictor; other global layers keep every pair.
-        gate: the gate in force; a `ThresholdGate` unless training or an evaluation sets another.
+        layers: indices of the layers with a predictor; other global layers keep every pair, unless there is a layout.
+        gate: the gate in force; `default_gate` unless training or an evaluation sets another.
         oracle: True computes passes without a cache through a dense mask, for tests and evaluation.
         max_memory: bytes that a cache made by `generate()` may take at most; None for no bound.
         page_dtype: how its kept pairs are coded; as in `SPKVConfig`, whose value it starts with.
+        observer: called by every global layer of a pass that fills a cache; see `observing`.
     """
 
     def __init__(self, decoder: Decoder, config: SPKVConfig, layers: tuple[int, ...]):
         self.decoder, self.config, self.layers = decoder, config, layers
-        self.gate: Gate = ThresholdGate(config.threshold)
+        self.gate: Gate = self.default_gate
         self.oracle = False
         self.max_memory: int | None = None
         self.page_dtype: PageDtype = config.page_dtype
+        self.observer: forward.Observer | None = None
         self.suspended = False
         self.context: forward.ForwardContext | None = None  # of the pass under way, where keywords do not carry it
         self._record: Record | None = None
         self._handles: list[Any] = []
         self.implementation_name = f"spkv_{decoder.config._attn_implementation}"
         self.original_implementation: str = decoder.config._attn_implementation
+
+    @property
+    def default_gate(self) -> HardGate:
+        """The gate that the config asks for."""
+        config = self.config
+        return ThresholdGate(config.threshold) if config.layout is None else LayoutGate(config.layout)
+
+    def layout_density(self) -> float:
+        """Share of the KV heads in global layers that a static layout keeps."""
+        assert self.config.layout is not None
+        heads = len(self.decoder.global_layers) * self.decoder.kv_heads
+        return sum(map(len, self.config.layout)) / heads
 
     @property
     def predictors(self) -> dict[int, UtilityPredictor]:
@@ -75,6 +89,8 @@ class Attachment:
 
     @threshold.setter
     def threshold(self, value: float) -> None:
+        if self.config.layout is not None:
+            raise ValueError("this model has a static layout and no utilities, so a threshold decides nothing")
         self.gate = ThresholdGate(check_threshold(value))
 
     @contextlib.contextmanager
@@ -94,6 +110,15 @@ class Attachment:
             yield self._record
         finally:
             self._record = before
+
+    @contextlib.contextmanager
+    def observing(self, observer: forward.Observer) -> Iterator[None]:
+        """Show the queries, keys and decisions of the passes inside to `observer`, layer by layer."""
+        before, self.observer = self.observer, observer
+        try:
+            yield
+        finally:
+            self.observer = before
 
     def new_cache(self, max_memory: int | None = None, page_dtype: PageDtype = None) -> SPKVCache:
         """An empty cache for this model; what is None is taken from the attachment."""
@@ -134,6 +159,9 @@ def attach(model: PreTrainedModel, config: SPKVConfig | None = None) -> PreTrain
         raise ValueError("the model already has an attachment; call spkv.detach(model) first")
     decoder = find_decoder(model)
     layers = decoder.global_layers if config.layers is None else config.layers
+    if config.layout is not None:
+        _check_layout(decoder, config.layout)
+        layers = ()
     refused = [i for i in layers if i not in decoder.global_layers]
     if refused:
         raise ValueError(
@@ -171,6 +199,18 @@ def attach(model: PreTrainedModel, config: SPKVConfig | None = None) -> PreTrain
         instance: Any = model
         instance.generate = functools.partial(graph.generate, model, attachment, instance.generate)
     return model
+
+
+def _check_layout(decoder: Decoder, layout: tuple[tuple[int, ...], ...]) -> None:
+    if len(layout) != len(decoder.attentions):
+        raise ValueError(f"the layout has {len(layout)} layers, and the model {len(decoder.attentions)}")
+    for layer, heads in enumerate(layout):
+        allowed = decoder.kv_heads if layer in decoder.global_layers else 0
+        if heads and heads[-1] >= allowed:
+            raise ValueError(
+                f"the layout names KV heads {list(heads)} of layer {layer}, which has "
+                + (f"{allowed}" if allowed else "a sliding window by design")
+            )
 
 
 def _reference_weight(attention: nn.Module, layer: int) -> nn.Parameter:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,13 @@ if TYPE_CHECKING:
     from spkv.hf.attach import Attachment, Record
 
 _KEYWORD = "spkv"
+
+
+class Observer(Protocol):
+    """Sees what a layer attends with: layer index, query [B, H, T, D] and key [B, Hkv, T, D] after rotary embedding,
+    keep [B, Hkv, T]; and the operator's options scale, softcap and sinks."""
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, keep: Tensor, **options: Any) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -227,11 +234,14 @@ def attention(
     options: dict[str, Any] = dict(scale=scaling, softcap=softcap, sinks=s_aux)
     layer, window = module.layer_idx, spkv.attachment.config.window
     utility, gate = spkv.utility, spkv.gate
-    if utility is None:  # a global layer without a predictor keeps everything
-        utility, gate = query.new_ones(key.shape[:3], dtype=torch.float32), OpenGate()
+    if utility is None:  # a global layer without a predictor keeps everything, unless a layout says what it keeps
+        utility = query.new_ones(key.shape[:3], dtype=torch.float32)
+        gate = OpenGate() if spkv.attachment.config.layout is None else gate
     if spkv.cache is not None:
         assert isinstance(gate, HardGate)  # or there would be no cache
         keep = gate.keep(utility, layer=layer, position=spkv.position) if spkv.keep is None else spkv.keep
+        if spkv.attachment.observer is not None:
+            spkv.attachment.observer(layer, query, key, keep, **options)
         out = spkv.cache.attend(layer, query, key, value, keep, spkv.valid, **options)
     elif (
         isinstance(gate, HardGate)

@@ -84,11 +84,15 @@ def text_densities(
     if input_ids.dim() != 2 or input_ids.shape[0] != 1:
         raise ValueError(f"input_ids must be one text, [1, tokens], got shape {list(input_ids.shape)}")
     reading = read(model, input_ids, chunk_size=chunk_size, record=True, progress=progress)
-    return decisions(attachment(model), reading.utilities)
+    return decisions(attachment(model), reading.utilities, tokens=input_ids.shape[1])
 
 
-def decisions(found: Attachment, utilities: dict[int, Tensor], gate: Gate | None = None) -> TextDensities:
+def decisions(
+    found: Attachment, utilities: dict[int, Tensor], gate: Gate | None = None, tokens: int | None = None
+) -> TextDensities:
     """Turn recorded utilities, layer index -> [1, Hkv, T], into decisions of the gate in force, or of another.
+
+    A static layout records nothing and needs `tokens`, T; its utilities are 1 where it keeps and 0 elsewhere.
 
     Raises:
         ValueError: if the gate does not decide (it is soft), or nothing was recorded.
@@ -96,17 +100,24 @@ def decisions(found: Attachment, utilities: dict[int, Tensor], gate: Gate | None
     gate = found.gate if gate is None else gate
     if not isinstance(gate, HardGate):
         raise ValueError(f"a hard gate is needed, which keeps or drops, not {type(gate).__name__}")
-    if not utilities:
+    layers, static = found.decoder.global_layers, found.config.layout is not None
+    if utilities:
+        some = next(iter(utilities.values()))
+    elif static and tokens is not None:
+        some = torch.ones(1, found.decoder.kv_heads, tokens)
+    else:
         raise ValueError("no utilities were recorded")
-    some = next(iter(utilities.values()))
     position = torch.arange(some.shape[2])[None]
-    layers = found.decoder.global_layers
     rows = [utilities.get(layer, torch.ones_like(some)) for layer in layers]
-    keep = [
-        gate.keep(row, layer=layer, position=position) if layer in utilities else torch.ones_like(row, dtype=torch.bool)
-        for layer, row in zip(layers, rows, strict=True)
-    ]
-    return TextDensities(layers, torch.cat(rows), torch.cat(keep), found.config.window)
+    keep = torch.cat(
+        [
+            gate.keep(row, layer=layer, position=position)
+            if layer in utilities or static
+            else torch.ones_like(row, dtype=torch.bool)
+            for layer, row in zip(layers, rows, strict=True)
+        ]
+    )
+    return TextDensities(layers, keep.float() if static else torch.cat(rows), keep, found.config.window)
 
 
 def encode_pieces(tokenizer: PreTrainedTokenizerBase, text: str, limit: int | None = None) -> tuple[Tensor, list[str]]:

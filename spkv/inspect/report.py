@@ -133,7 +133,7 @@ def plot_density(
     figure.savefig(path, format="png", dpi=_DPI)
 
 
-def _script_json(value: object) -> str:
+def script_json(value: object) -> str:
     """``value`` as JSON that is safe as the text of a script element and always encodes to UTF-8."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     # "<" could close the element or open a comment in it; lone surrogates have no UTF-8 form.
@@ -193,7 +193,7 @@ def write_token_page(
         "title": html.escape(title),
         "summary": f"<table>{table}</table>" if table else "",
         "facts": f"{len(tokens):,} tokens, on average kept by {shares.mean():.1%} of all layers' KV heads",
-        "data": _script_json(
+        "data": script_json(
             {"tokens": list(tokens), "shares": units, "units": _SHARE_UNITS, "window": int(window or 0)}
         ),
     }

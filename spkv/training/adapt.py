@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spkv.training.recipes import Recipe
+from spkv.training.recipes import Recipe, with_layout
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,7 +50,8 @@ def adapt(
     bfloat16 where the GPU can; adapters are stored in bfloat16.
 
     Args:
-        model: a directory, hub name or packaged model ("smollm2", "gemma3-270m").
+        model: a directory, hub name or packaged model ("smollm2", "gemma3-270m"). One with a static layout is trained
+            with it; its gates are constant, so nothing is learned about them.
         data: files to train on; see `spkv.training.tokens.tokenize_files`.
         output: directory for the result: a whole model, or an adapter where the recipe has LoRA; with
             `summary.json`, TensorBoard logs (if it is installed) and, while training, checkpoints.
@@ -85,7 +86,7 @@ def adapt(
     from accelerate import PartialState
     from transformers import AutoTokenizer, set_seed
 
-    from spkv.checkpoint import PACKAGED_MODELS, load_base, resolve_model
+    from spkv.checkpoint import PACKAGED_MODELS, load_base, resolve_model, stored_config
     from spkv.hf.attach import attach
     from spkv.training.checkpoints import last_checkpoint
     from spkv.training.data import PackedRows, TrainingRows, spread
@@ -103,6 +104,9 @@ def adapt(
     if not data:
         raise ValueError("no data files were given")
     output = Path(output)
+    stored = stored_config(model)
+    if stored is not None and stored.layout is not None and recipe.gates:
+        recipe = with_layout(recipe, stored)
     if (finished := finished_run(output, resume)) is not None:
         return finished
     checkpoint = last_checkpoint(output) if resume else None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from spkv.gates import OpenGate, ThresholdGate
+from spkv.gates import OpenGate
 from spkv.hf.attach import attachment
 from spkv.training.data import IGNORED, collate, leaves_window
 
@@ -53,12 +53,12 @@ def evaluate_rows(
     found = attachment(model)
     device, window, threshold = accelerator.device, found.config.window, found.config.threshold
     loss = torch.zeros(2, dtype=torch.float64, device=device)
-    kept: Tensor | None = None
+    kept = torch.zeros(len(found.layers), found.decoder.kv_heads, dtype=torch.float64, device=device)
     left = torch.zeros((), dtype=torch.float64, device=device)
     training = model.training
     model.eval()
     total: int = len(rows)  # type: ignore[arg-type]
-    with found.using(OpenGate() if open_gates else ThresholdGate(threshold)):
+    with found.using(OpenGate() if open_gates else found.default_gate):
         # All processes do as many passes, since sharded models must run in step; the surplus counts nothing.
         for first in range(0, total, accelerator.num_processes):
             index = first + accelerator.process_index
@@ -72,14 +72,10 @@ def evaluate_rows(
             # A row without any prediction has the mean loss NaN.
             loss += torch.stack([(output.loss * items).nan_to_num(), items]).double()
             leaves = leaves_window(inputs["segment_ids"], window)[:, None]
-            keep = torch.stack(
-                [((record.utilities[layer] >= threshold) & leaves).sum((0, 2)) for layer in found.layers]
-            )  # [L, Hkv]
-            kept = keep.double() if kept is None else kept + keep
+            for row, layer in enumerate(found.layers):
+                kept[row] += ((record.utilities[layer] >= threshold) & leaves).sum((0, 2))
             left += leaves.sum()
     model.train(training)
-    if kept is None:  # a process without a row of its own still takes part in the reduction
-        kept = torch.zeros(len(found.layers), found.decoder.kv_heads, dtype=torch.float64, device=device)
     loss, kept, left = (accelerator.reduce(value, "sum") for value in (loss, kept, left))
     densities = (kept / left.clamp_min(1.0)).tolist()
     return Evaluation(

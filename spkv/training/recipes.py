@@ -54,6 +54,7 @@ class Recipe:
         lora_rank: rank of LoRA on the linear layers of the decoder; None trains the whole model.
         lora_alpha: LoRA's scale is lora_alpha / lora_rank.
         freeze_model: train the predictor alone. Published: it then keeps 82 % of the pairs; for comparison only.
+        layout: a static layout, as in `SPKVConfig`, that the model is trained with; then there are no gates to learn.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Recipe:
     lora_rank: int | None = None
     lora_alpha: int | None = None
     freeze_model: bool = False
+    layout: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         self.config()  # checks its own fields
@@ -119,6 +121,8 @@ class Recipe:
             _check("target_density", self.target_density, "strictly in (0, 1)", lambda value: 0 < value < 1)
             if not self.gates:
                 raise ValueError("target_density needs gates")
+        if self.layout is not None and self.gates:
+            raise ValueError("a static layout has no gates to train: use `with_layout`")
         if self.lora_rank is not None:
             _check("lora_rank", self.lora_rank, "at least 1", lambda value: value >= 1)
         elif self.lora_alpha is not None:
@@ -139,7 +143,13 @@ class Recipe:
             predictor_width=self.predictor_width,
             predictor_depth=self.predictor_depth,
             initial_bias=self.initial_bias,
+            layout=self.layout,
         )
+
+    @property
+    def is_control(self) -> bool:
+        """Whether every pair is kept in training, and the result is an ordinary model."""
+        return not self.gates and self.layout is None
 
     def total_steps(self, parameters: int) -> int:
         """Return the optimiser steps of a run on a model with so many parameters."""
@@ -176,7 +186,8 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {**dataclasses.asdict(self), "betas": list(self.betas)}
+        layout = None if self.layout is None else [list(heads) for heads in self.layout]
+        return {**dataclasses.asdict(self), "betas": list(self.betas), "layout": layout}
 
 
 def paper() -> Recipe:
@@ -232,6 +243,17 @@ def with_lora(recipe: Recipe, rank: int) -> Recipe:
         lora_rank=rank,
         lora_alpha=2 * rank,
     )
+
+
+def with_layout(recipe: Recipe, config: SPKVConfig) -> Recipe:
+    """Vary a recipe to train a model with the static layout of `config`: its gates are constant.
+
+    Raises:
+        ValueError: if the recipe aims at a density, which the layout has fixed.
+    """
+    if recipe.target_density is not None:
+        raise ValueError("the model has a static layout, which fixes its density: target_density cannot be reached")
+    return dataclasses.replace(recipe, gates=False, regulariser=0.0, window=config.window, layout=config.layout)
 
 
 def fast_lora() -> Recipe:

@@ -73,7 +73,7 @@ def save_result(
             model.load_state_dict(weights)
     if not trainer.args.should_save:
         return
-    if not trainer.recipe.gates:
+    if trainer.recipe.is_control:
         detach(model)
         model.save_pretrained(output)
     elif trainer.recipe.lora_rank is not None:

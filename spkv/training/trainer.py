@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from spkv.checkpoint import load_predictors, save, save_adapter
-from spkv.gates import OpenGate
+from spkv.gates import Gate, OpenGate
 from spkv.hf.attach import Record, attachment
 from spkv.training.checkpoints import (
     STATE_FILE,
@@ -93,8 +93,13 @@ class AdaptationTrainer(Trainer):
 
     def set_step(self, step: int) -> None:
         """Put the gate and lambda of `step` in force."""
-        self.attachment.gate = self.schedule.gate(step) if self.recipe.gates else OpenGate()
+        self.attachment.gate = self._gate(step)
         self.regulariser = self._regulariser(step)
+
+    def _gate(self, step: int) -> Gate:
+        if self.recipe.gates:
+            return self.schedule.gate(step)
+        return OpenGate() if self.recipe.layout is None else self.attachment.default_gate
 
     def _regulariser(self, step: int) -> float:
         """Return the lambda of `step`; 0 once the predictor is frozen."""
@@ -243,7 +248,7 @@ class AdaptationTrainer(Trainer):
     def evaluate_rows(self, rows: Dataset[dict[str, Tensor]], open_gates: bool = False) -> Evaluation:
         """Evaluate rows, spread over the processes, with hard gates or all of them open."""
         assert self.model is not None
-        return evaluate_rows(self.model, rows, self.accelerator, open_gates or not self.recipe.gates)
+        return evaluate_rows(self.model, rows, self.accelerator, open_gates or self.recipe.is_control)
 
     # Checkpoints
 

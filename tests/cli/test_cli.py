@@ -34,6 +34,7 @@ GENERATION = {
     "decode_tokens_per_second": float,
 }
 
+
 needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
 
 
@@ -296,17 +297,47 @@ def test_lm_eval_says_how_to_install_it(run, monkeypatch):
     assert 'pip install "spkv[lm-eval]"' in err
 
 
-@needs_matplotlib
-def test_inspect_writes_three_files(run_json, run, whole, text_file, tmp_path):
-    given = ("inspect", whole, "--text", text_file, "--output", tmp_path / "out", "--tokens", 120, "--threshold", 0.4)
+def test_inspect_writes_a_page_and_its_data(run_json, run, whole, text_file, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("Another text, a shorter one.")
+    given = (
+        "inspect", whole, "--text", text_file, other, "--output", tmp_path / "out", "--tokens", 120, "--threshold", 0.4,
+        "--later-queries", 2,
+    )  # fmt: skip
     result = run_json(*given)
-    for kind in ("density_png", "token_page", "densities_json"):
-        assert Path(result.pop(kind)).is_file()
-    stored = json.loads((tmp_path / "out" / "densities.json").read_text())
+    for kind in ("inspection_page", "inspection_json", "density_png"):
+        path = result.pop(kind, None)
+        assert (path is None and kind == "density_png") or Path(path).is_file()
+    assert result.pop("documents") == 2
+    stored = json.loads((tmp_path / "out" / "inspection.json").read_text())
     assert result == {key: stored[key] for key in result}
-    assert (result["text"], result["tokens"], result["threshold"], result["window"]) == ("notes.txt", 120, 0.4, 16)
+    assert (result["tokens"], result["threshold"], result["window"]) == (120 + 28, 0.4, 16)
     assert 0 < result["density"] < 1
-    assert "tokens.html" in run(*given)[0].replace("\n", "")
+    assert [document["name"] for document in stored["documents"]] == ["notes.txt", "other.txt"]
+    assert "inspection.html" in run(*given)[0].replace("\n", "")
+
+
+def test_hybrid_writes_a_checkpoint_that_other_commands_take(run_json, whole, text_file, tmp_path):
+    output = tmp_path / "hybrid"
+    given = ("hybrid", whole, "--text", text_file, "--tokens", 200, "--output", output)
+    report = run_json(*given, "--global-heads", 1, "--strategy", "random", "--seed", 3)
+    assert json.loads((output / "hybrid.json").read_text()) == report
+    assert (report["global_heads"], report["heads"], report["length"]) == (1, 4, 256)
+    assert report["kept_fraction"] == pytest.approx(0.25 + 0.75 * 16 / 256)
+    assert 0 < report["utility_covered"] < 1
+    generated = run_json("generate", output, "--prompt", PROMPT, "--max-new-tokens", 2)
+    assert generated["density"] == 0.25
+    rows = run_json("eval", output, "--data", text_file, "--sequence-length", 100)
+    assert [(row["policy"], row["threshold"]) for row in rows] == [
+        ("dense", None), ("spkv", None), ("streaming", None), ("random", None),
+    ]  # fmt: skip
+    assert rows[1]["density"] == 0.25
+    inspected = run_json("inspect", output, "--text", text_file, "--tokens", 100, "--output", tmp_path / "page")
+    assert (inspected["density"], inspected["threshold"]) == (0.25, None)
+    half = run_json(*given, "--kv-budget", 0.5, "--length", 160, "--strategy", "interleave")
+    assert (half["global_heads"], half["kept_fraction"]) == (0, 0.1)  # one layer of two would be 0.55
+    half = run_json(*given, "--kv-budget", 0.55, "--length", 160, "--strategy", "interleave")
+    assert (half["global_heads"], half["layout"]) == (2, {"0": [], "1": [0, 1]})
 
 
 def test_adapt_hands_its_options_on(run_json, monkeypatch, tmp_path):
@@ -401,6 +432,14 @@ BAD = {
     "long text": (
         ["inspect", "{whole}", "--text", "{text}", "--output", "out"],
         "the text has 448 tokens, but the model has 256 positions",
+    ),
+    "heads and budget": (
+        ["hybrid", "{whole}", "--text", "{text}", "--output", "out"],
+        "give one of --global-heads N and --kv-budget F",
+    ),
+    "no documents": (
+        ["inspect", "{whole}", "--text", "{text}", "--output", "out", "--documents", "0"],
+        "the number of documents must be at least 1, not 0",
     ),
     "recipe": (
         ["adapt", "{base}", "--data", "{text}", "--output", "out", "--recipe", "slow"],

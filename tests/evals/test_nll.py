@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 import spkv
-from spkv.evals import Losses, Policy, cut_sequences, evaluate, evaluate_nll, make_policies
+from spkv.evals import Losses, Policy, cut_sequences, evaluate, evaluate_nll, layout_policies, make_policies
 from spkv.gates import OpenGate, RandomGate, ThresholdGate
 from spkv.text import prefix_ids
 
@@ -94,6 +94,21 @@ def test_random_copies_the_density_of_spkv(model, sequences, thresholds, matched
     # Four standard deviations of the share of 112 positions in 4 heads.
     assert rows[0]["density"] == pytest.approx(wanted, abs=0.095)
     assert rows[0]["loss"] == pytest.approx(masked_loss(model, sequences, RandomGate(wanted)), rel=1e-5)
+
+
+def test_a_static_layout_is_evaluated_by_its_own_policies(sequences, tiny_llama):
+    model = spkv.attach(tiny_llama, spkv.SPKVConfig(window=5, layout=((0,), ())))
+    found = spkv.attachment(model)
+    policies = layout_policies(("dense", "spkv", "streaming", "random"), found.gate, found.layout_density())
+    rows = evaluate_nll(model, sequences, policies)
+    assert [row["threshold"] for row in rows] == [None] * 4
+    assert [row["density"] for row in rows[:2]] == [1, 0.25]
+    assert 0 < rows[2]["density"] < 0.2
+    assert rows[3]["density"] == pytest.approx(0.25, abs=0.1)
+    found.oracle = True
+    with torch.no_grad():
+        losses = [model(one[None], labels=one[None], use_cache=False).loss.item() for one in sequences]
+    assert rows[1]["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 
 def test_the_model_is_left_as_it_was(model, sequences):

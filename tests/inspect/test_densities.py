@@ -6,8 +6,7 @@ import json
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 import spkv
 from spkv.gates import SinkGate, SoftGate, ThresholdGate
@@ -15,16 +14,6 @@ from spkv.hf.generation import read
 from spkv.inspect.densities import decisions, encode_pieces, text_densities, write_report
 
 W, T = 5, 40
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte: a character beyond ASCII has several."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(["<|endoftext|>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
 
 
 @pytest.fixture
@@ -111,9 +100,8 @@ def test_a_report_is_three_files(attached, ids, tmp_path):
     assert (tmp_path / "new" / "folder" / "density.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_pieces_join_to_the_text():
+def test_pieces_join_to_the_text(tokenizer):
     text = "One é two\n\n  three – 👩 <|endoftext|> end"
-    tokenizer = make_tokenizer()
     ids, pieces = encode_pieces(tokenizer, text)
     assert ids.shape == (1, len(text.encode()))
     assert "".join(pieces) == text
@@ -123,7 +111,7 @@ def test_pieces_join_to_the_text():
     assert "".join(pieces) == "One é"
 
 
-def test_bad_arguments_are_named(attached, ids):
+def test_bad_arguments_are_named(attached, ids, tokenizer):
     with pytest.raises(ValueError, match="a hard gate is needed, which keeps or drops, not SoftGate"):
         decisions(spkv.attachment(attached), {0: torch.ones(1, 2, 3)}, SoftGate())
     with pytest.raises(ValueError, match="no utilities were recorded"):
@@ -133,6 +121,6 @@ def test_bad_arguments_are_named(attached, ids):
     with pytest.raises(ValueError, match="has no attachment"):
         text_densities(spkv.detach(attached), ids)
     with pytest.raises(ValueError, match="the text is empty"):
-        encode_pieces(make_tokenizer(), "")
+        encode_pieces(tokenizer, "")
     with pytest.raises(ValueError, match="the number of tokens must be at least 1, not 0"):
-        encode_pieces(make_tokenizer(), "a", 0)
+        encode_pieces(tokenizer, "a", 0)

@@ -99,6 +99,53 @@ def test_the_control_is_an_ordinary_model(run, recipe_of, tmp_path) -> None:
     AutoModelForCausalLM.from_pretrained(output)
 
 
+@pytest.mark.parametrize("lora_rank", [None, 4])
+def test_a_static_layout_is_trained_with_constant_gates(
+    run, recipe_of, tmp_path, text_file, model_directory, tokenizer, lora_rank
+) -> None:
+    layout = ((1,), ())
+    base = attach(load_base(model_directory, dtype=torch.float32), spkv.SPKVConfig(window=8, layout=layout))
+    spkv.save(base, tmp_path / "hybrid")
+    tokenizer.save_pretrained(tmp_path / "hybrid")
+    recipe = recipe_of("fast" if lora_rank is None else "fast-lora")
+    summary = run(recipe, model=tmp_path / "hybrid", validation=[text_file], validation_tokens=600)
+    losses = [entry["loss"] for entry in entries(tmp_path / "out")]
+    assert losses[-1] < losses[0]
+    assert summary["recipe"]["layout"] == [[1], []]
+    output = tmp_path / "out"
+    assert not (output / "predictor.safetensors").exists()
+    trained = spkv.load(output) if lora_rank is None else spkv.load(tmp_path / "hybrid", adapter=output)
+    assert spkv.attachment(trained).config.layout == layout
+    rows = spread(PackedRows(tokenize_files([text_file], tokenizer, progress=False), 64), 600)
+    total = tokens = 0.0
+    for row in rows:
+        count = int((row["labels"][1:] != -100).sum())
+        with torch.no_grad():
+            loss = trained(**{key: value[None] for key, value in row.items()}, use_cache=False).loss
+        total, tokens = total + float(loss) * count, tokens + count
+    assert summary["validation_loss"] == pytest.approx(total / tokens, rel=1e-4)
+
+
+def test_a_layout_cannot_reach_another_density(run, recipe_of, tmp_path, model_directory, tokenizer) -> None:
+    base = attach(load_base(model_directory), spkv.SPKVConfig(layout=((), ())))
+    spkv.save(base, tmp_path / "hybrid")
+    with pytest.raises(ValueError, match="which fixes its density: target_density cannot be reached"):
+        run(recipe_of(target_density=0.3), model=tmp_path / "hybrid")
+
+
+def test_a_run_with_a_layout_resumes(run, run_until, recipe_of, tmp_path, model_directory, tokenizer) -> None:
+    base = attach(load_base(model_directory, dtype=torch.float32), spkv.SPKVConfig(window=8, layout=((1,), ())))
+    spkv.save(base, tmp_path / "hybrid")
+    tokenizer.save_pretrained(tmp_path / "hybrid")
+    options = dict(model=tmp_path / "hybrid", save_every=5)
+    run(recipe_of(), "through", **options)
+    run_until(7, recipe_of(), "broken", **options)
+    run(recipe_of(), "broken", resume=True, **options)
+    through, broken = stored(tmp_path / "through"), stored(tmp_path / "broken")
+    assert through.keys() == broken.keys()
+    assert all(torch.equal(through[key], broken[key]) for key in through)
+
+
 @pytest.fixture
 def run_until(run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Runs as `run` does, and breaks off when the step `at` is done."""
