@@ -334,6 +334,8 @@ def test_hybrid_writes_a_checkpoint_that_other_commands_take(run_json, whole, te
     assert rows[1]["density"] == 0.25
     inspected = run_json("inspect", output, "--text", text_file, "--tokens", 100, "--output", tmp_path / "page")
     assert (inspected["density"], inspected["threshold"]) == (0.25, None)
+    learned = ("--strategy", "learned", "--steps", 2, "--sequence-length", 100)
+    assert run_json(*given, "--global-heads", 1, *learned)["global_heads"] == 1
     half = run_json(*given, "--kv-budget", 0.5, "--length", 160, "--strategy", "interleave")
     assert (half["global_heads"], half["kept_fraction"]) == (0, 0.1)  # one layer of two would be 0.55
     half = run_json(*given, "--kv-budget", 0.55, "--length", 160, "--strategy", "interleave")
