@@ -49,6 +49,7 @@ class Settings:
         """
         from spkv.serving import versions
 
+        versions.check_version()
         model_config, cache_config = vllm_config.model_config, vllm_config.cache_config
         stored = _read(model_config)
         check_features(vllm_config)
@@ -61,6 +62,23 @@ class Settings:
             cache_config.block_size, cache_config.user_specified_block_size = config.page_size, True
         # Lengths differ from head to head, which no graph captured by vLLM knows of.
         model_config.enforce_eager = True
+
+
+class LlamaSettings:
+    """As `Settings`, called for every Llama: a directory that says it is self-pruned is served as what it is."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """Nothing to change."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        from spkv.serving import versions
+
+        # On the hub this would be one more request for every Llama; there the architecture must be named.
+        if (Path(vllm_config.model_config.model) / CONFIG_FILE).is_file():
+            vllm_config.model_config.hf_config.architectures = [versions.ARCHITECTURE]
+            Settings.verify_and_update_config(vllm_config)
 
 
 def check_features(vllm_config: Any) -> None:

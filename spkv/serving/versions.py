@@ -41,22 +41,24 @@ def check_version(version: str | None = None) -> None:
 def register() -> None:
     """Enter our parts in vLLM's registries; calling it again changes nothing.
 
-    With a version that was not tested only the model's name is entered, so that serving one says what is wrong, and
-    all other models stay unaffected.
+    With a version that was not tested only what refuses our models is entered; others are not affected.
     """
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    from spkv.serving import settings
+
     ModelRegistry.register_model(ARCHITECTURE, f"spkv.serving.model:{ARCHITECTURE}")
+    MODELS_CONFIG_MAP[ARCHITECTURE] = settings.Settings
+    MODELS_CONFIG_MAP.setdefault("LlamaForCausalLM", settings.LlamaSettings)
     try:
         check_version()
     except ImportError:
         return
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-    from spkv.serving import settings
     from spkv.serving.manager import SlabManager, SlabSpec
 
-    MODELS_CONFIG_MAP[ARCHITECTURE] = settings.Settings  # type: ignore[assignment]
     if CONNECTOR not in KVConnectorFactory._registry:
         KVConnectorFactory.register_connector(CONNECTOR, "spkv.serving.connector", CONNECTOR)
     KVCacheSpecRegistry._ensure_registered()  # a registry that holds anything is taken to be complete

@@ -55,7 +55,6 @@ def engine(checkpoint):
         llm = vllm.LLM(
             str(checkpoint),
             dtype="float32",
-            hf_overrides={"architectures": ["SPKVLlamaForCausalLM"]},
             **options,
         )
         engines.append(llm)
@@ -141,6 +140,15 @@ def test_preempted_requests_start_anew_and_come_to_the_same(engine, expected):
     tokens, _ = run(llm, requests)
     assert preempted
     assert tokens == [expected(prompt) for prompt in requests]
+
+
+def test_versions_that_were_not_tested_are_refused():
+    from spkv.serving import versions
+
+    versions.check_version()
+    for version in ("0.31.2", "0.33.0", "1.0.0", "dev"):
+        with pytest.raises(ImportError, match=f"through vLLM 0.32, and this is {version}"):
+            versions.check_version(version)
 
 
 def test_what_is_off_is_refused(engine):
