@@ -21,15 +21,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from spkv.config import CONFIG_FILE, SPKVConfig
+from spkv.config import CONFIG_FILE, FORMAT, PREDICTOR_FILE, SPKVConfig, read_stored
 from spkv.gates import ThresholdGate
 from spkv.hf.attach import attach, attachment
 from spkv.hf.families import find_decoder
 from spkv.hf.packaged import PACKAGED_MODELS
 
-PREDICTOR_FILE = "predictor.safetensors"
 _LORA_FILE = "adapter_config.json"
-_FORMAT = 1
 SHIPPED_ADAPTERS = Path(__file__).parent / "adapters"
 # Relative difference of weight statistics above which two bases are not the same model. Storage in bfloat16 or
 # float16 moves them by less than 1e-3, and training by more than this.
@@ -168,7 +166,7 @@ def load_adapter(base: PreTrainedModel, path: str | os.PathLike[str]) -> PreTrai
         ValueError: if the adapter was trained for another model.
     """
     path = Path(path)
-    stored = _read_config(path)
+    stored = read_stored(path)
     check_fingerprint(base, stored.get("base"), path)
     if (path / _LORA_FILE).is_file():
         from peft import PeftModel
@@ -246,19 +244,9 @@ def check_fingerprint(model: nn.Module, expected: dict[str, Any] | None, path: P
 
 
 def _attach_stored(model: PreTrainedModel, path: Path) -> PreTrainedModel:
-    attach(model, SPKVConfig.from_dict(_read_config(path)["config"]))
+    attach(model, SPKVConfig.from_dict(read_stored(path)["config"]))
     load_predictors(model, path)
     return model
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    file = path / CONFIG_FILE
-    if not file.is_file():
-        raise FileNotFoundError(f"{os.fspath(path)!r} holds no {CONFIG_FILE}")
-    stored = json.loads(file.read_text(encoding="utf-8"))
-    if stored.get("format") != _FORMAT:
-        raise ValueError(f"{file} has format {stored.get('format')!r}; this version reads format {_FORMAT}")
-    return stored
 
 
 def _save_predictors(
@@ -276,7 +264,7 @@ def _save_predictors(
     gate = attachment(model).gate
     if isinstance(gate, ThresholdGate):  # it may have been moved since
         config = config.replace(threshold=gate.threshold)
-    stored = {"format": _FORMAT, "config": config.to_dict(), "base": base, "training": training or {}}
+    stored = {"format": FORMAT, "config": config.to_dict(), "base": base, "training": training or {}}
     (path / CONFIG_FILE).write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 CONFIG_FILE = "spkv_config.json"
+PREDICTOR_FILE = "predictor.safetensors"
+FORMAT = 1  # of the files of a checkpoint
 PAGE_DTYPES = ("int8", "fp8", "int4")
 PageDtype = str | Sequence[str | None] | None
 
@@ -88,6 +93,21 @@ class SPKVConfig:
             raise ValueError(f"unknown SPKVConfig fields {unknown}; known are {sorted(known)}")
         layers = values.get("layers")
         return cls(**{**values, "layers": None if layers is None else tuple(layers)})
+
+
+def read_stored(path: Path) -> dict[str, Any]:
+    """Read what a checkpoint's `spkv_config.json` says, its config and more, from the directory or the file itself.
+
+    Raises:
+        FileNotFoundError, ValueError: if there is none, or of a format that this version does not read.
+    """
+    file = path if path.name == CONFIG_FILE else path / CONFIG_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{os.fspath(path)!r} holds no {CONFIG_FILE}")
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    if stored.get("format") != FORMAT:
+        raise ValueError(f"{file} has format {stored.get('format')!r}; this version reads format {FORMAT}")
+    return stored
 
 
 def check_page_dtype(page_dtype: PageDtype) -> str | tuple[str | None, ...] | None:

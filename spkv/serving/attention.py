@@ -1,0 +1,134 @@
+"""The attention layer that stands where vLLM's own would, and what vLLM asks of one: a backend and a spec.
+
+Legend: n tokens of a batch, H query heads, Hkv KV heads, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder
+
+from spkv.serving import settings, versions
+from spkv.serving.ledger import SlabSizes
+from spkv.serving.manager import SlabSpec
+from spkv.serving.slabs import SlabCache
+
+
+@dataclass
+class Batch(AttentionMetadata):  # type: ignore[misc]
+    """The requests of a step.
+
+    Attributes:
+        starts: where the tokens of each begin, and where the last ends.
+        single: how many, at the front, have one token only.
+        first_slabs: [requests], what tells them.
+    """
+
+    starts: list[int]
+    single: int
+    first_slabs: Tensor
+
+
+class BatchBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
+    reorder_batch_threshold = 1  # requests with one token come first
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Batch:
+        requests = common_attn_metadata.num_reqs
+        starts = common_attn_metadata.query_start_loc_cpu[: requests + 1].tolist()
+        single = 0
+        while single < requests and starts[single + 1] - starts[single] == 1:
+            single += 1
+        return Batch(starts, single, common_attn_metadata.block_table_tensor[:requests, 0])
+
+
+class SlabBackend(AttentionBackend):  # type: ignore[misc]
+    """Tells vLLM how the memory must lie; the layer itself computes."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.bfloat16, torch.float16]
+
+    @staticmethod
+    def get_name() -> str:
+        return "SPKV"
+
+    @staticmethod
+    def get_impl_cls() -> type[AttentionImpl]:
+        raise NotImplementedError("SelfPrunedAttention computes its attention itself")
+
+    @staticmethod
+    def get_builder_cls() -> type[BatchBuilder]:
+        return BatchBuilder
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> Any:
+        return versions.one_memory()
+
+
+class SelfPrunedAttention(nn.Module, AttentionLayerBase):  # type: ignore[misc]
+    """Attention over what the layer's slabs hold, in place of the vLLM layer of the same name.
+
+    Attributes:
+        config: the SPKVConfig.
+        cache: shared by all layers; the connector sets it once vLLM has allocated the memory.
+    """
+
+    cache: SlabCache
+
+    def __init__(
+        self, vllm_config: Any, name: str, layer: int, heads: int, kv_heads: int, head_size: int, scale: float
+    ) -> None:
+        super().__init__()
+        self.config = settings.stored_config(vllm_config)
+        self.name, self.layer, self.num_heads, self.kv_heads = name, layer, heads, kv_heads
+        self.head_size, self.scale = head_size, scale
+        self.kv_cache = torch.empty(0)
+        vllm_config.compilation_config.static_forward_context[name] = self
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, keep: Tensor) -> Tensor:
+        """query [n, H * D], key and value [n, Hkv * D], keep [1, Hkv, n] -> [n, H * D]."""
+        out = torch.zeros_like(query)
+        batches = get_forward_context().attn_metadata
+        if batches is None:  # vLLM measures memory
+            return out
+        batch: Batch = batches[self.name]
+        rows = self.cache.row_of_slab[batch.first_slabs].long()
+        queries, outs = (t.view(-1, self.num_heads, self.head_size) for t in (query, out))
+        keys, values = (t.view(-1, self.kv_heads, self.head_size) for t in (key, value))
+        keeps = keep[0].T  # [n, Hkv]
+        n = batch.single
+        if n:
+            new = [t[:n].unsqueeze(2) for t in (queries, keys, values, keeps)]
+            outs[:n] = self.cache.attend(self.layer, rows[:n], *new, scale=self.scale)[:, :, 0]
+        for i in range(n, len(batch.starts) - 1):
+            tokens = slice(batch.starts[i], batch.starts[i + 1])
+            new = [t[tokens].transpose(0, 1).unsqueeze(0) for t in (queries, keys, values, keeps)]
+            outs[tokens] = self.cache.attend(self.layer, rows[i : i + 1], *new, scale=self.scale)[0].transpose(0, 1)
+        return out
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return SlabBackend
+
+    def get_kv_cache_spec(self, vllm_config: Any) -> SlabSpec:
+        scheduler, block_size = vllm_config.scheduler_config, vllm_config.cache_config.block_size
+        sizes = SlabSizes(
+            window=self.config.window,
+            page_size=self.config.page_size,
+            slab_tokens=block_size,
+            density=settings.expected_density(vllm_config),
+            chunk=scheduler.long_prefill_token_threshold or scheduler.max_num_batched_tokens,
+        )
+        return SlabSpec(
+            block_size=block_size,
+            num_kv_heads=self.kv_heads,
+            head_size=self.head_size,
+            dtype=vllm_config.model_config.dtype,
+            sizes=sizes,
+        )

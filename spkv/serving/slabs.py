@@ -1,0 +1,125 @@
+"""The packed cache on the worker's side: rings and kept chains of all layers in slabs that vLLM hands out.
+
+Legend: R rows, one a request; Hkv KV heads; C = R * Hkv chains; P pairs in a page; D head size; w window; B requests
+of a pass; T tokens of each.
+
+A slab is a number of pages in a row, as many for each chain of a request. Any chain may use any page of its request's
+slabs: a request's pages are numbered through, page n being page n % per_slab of its slab n // per_slab, and a cursor
+says how many are taken. Chains only grow, so the cursor only advances. It does so on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spkv.ops.attention import packed_decode, pruned_prefill, write
+from spkv.ops.packed import PackedLayer
+from spkv.ops.reference import count_leaving
+from spkv.serving.ledger import Orders
+
+
+class SlabCache:
+    """Rings and chains of all layers and requests.
+
+    Args:
+        pool: [pages, 2, P, D], the memory of all slabs.
+        layers, kv_heads: of this worker.
+        window: w.
+        slab_tokens: pairs of each chain that a slab has room for.
+        rows: requests at a time.
+        max_tokens: of one request.
+    """
+
+    def __init__(
+        self, pool: Tensor, layers: int, kv_heads: int, window: int, slab_tokens: int, rows: int, max_tokens: int
+    ) -> None:
+        self.pool, self.layers, self.kv_heads, self.window = pool, layers, kv_heads, window
+        self.page_size = pool.shape[2]
+        self.per_slab = layers * kv_heads * (slab_tokens // self.page_size)
+        self.ring_pages = -(-window // self.page_size)
+        pages = self.ring_pages - (-max_tokens // self.page_size)  # of a chain, at most
+        integers: dict[str, Any] = dict(dtype=torch.int32, device=pool.device)
+        # The last column belongs to nobody: what is not to be written is written there.
+        self.table = torch.zeros(layers, rows * kv_heads, pages + 1, **integers)
+        self.seen = torch.zeros(layers, rows, **integers)
+        self.kept = torch.zeros(layers, rows * kv_heads, **integers)
+        self.ring_keep = torch.zeros(layers, rows * kv_heads, window, dtype=torch.bool, device=pool.device)
+        self.slabs = torch.zeros(rows, -(-pages * self.page_size // slab_tokens) + 1, **integers)
+        self.taken = torch.zeros(rows, **integers)
+        # A request's first slab stays its own while it runs, and so tells whose it is.
+        self.row_of_slab = torch.zeros(pool.shape[0] // self.per_slab, **integers)
+
+    def apply(self, orders: Orders) -> None:
+        """Start requests and enter the slabs that a step was granted."""
+        for row, index, slabs in orders.grants:
+            ids = torch.tensor(slabs, dtype=torch.int32, device=self.pool.device)
+            self.slabs[row, index : index + len(slabs)] = ids
+            if index == 0:
+                self.row_of_slab[slabs[0]] = row
+                self.taken[row] = 0
+                self.seen[:, row] = 0
+                self.kept[:, row * self.kv_heads : (row + 1) * self.kv_heads] = 0
+
+    def used(self, rows: Sequence[int]) -> list[int]:
+        """Slabs that have a page in use, of each row; waits for the device."""
+        return [-(-pages // self.per_slab) for pages in self.taken[list(rows)].tolist()]
+
+    def attend(
+        self, layer: int, rows: Tensor, query: Tensor, key: Tensor, value: Tensor, keep: Tensor, *, scale: float
+    ) -> Tensor:
+        """Write new pairs and return the attention of their queries against everything visible.
+
+        Args:
+            layer: 0 to layers - 1.
+            rows: [B] integers, all different.
+            query: [B, H, T, D]; key, value: [B, Hkv, T, D]; keep: [B, Hkv, T] bool.
+            scale: factor on the scores.
+
+        Returns:
+            [B, H, T, D].
+        """
+        chains = (rows[:, None] * self.kv_heads + torch.arange(self.kv_heads, device=rows.device)).flatten()
+        packed = PackedLayer(
+            pool=self.pool,
+            table=self.table[layer, chains],
+            seen=self.seen[layer, rows],
+            kept=self.kept[layer, chains],
+            ring_keep=self.ring_keep[layer, chains],
+            window=self.window,
+        )
+        self._take_pages(rows, packed, keep)
+        out = None
+        if query.shape[2] > 1:
+            out = pruned_prefill(query, key, value, keep, window=self.window, scale=scale, past=packed)
+        write(packed, key, value, keep)
+        if out is None:
+            out = packed_decode(query, packed, scale=scale)
+        self.table[layer, chains], self.ring_keep[layer, chains] = packed.table, packed.ring_keep
+        self.seen[layer, rows], self.kept[layer, chains] = packed.seen, packed.kept
+        return out
+
+    def _take_pages(self, rows: Tensor, packed: PackedLayer, keep: Tensor) -> None:
+        """Enter the pages that writing these tokens takes into `packed.table`, and advance the cursors."""
+        B, Hkv, T = keep.shape
+        P, device = self.page_size, rows.device
+        ring_have, ring_need = (-(-n.clamp_max(self.window) // P) for n in (packed.seen, packed.seen + T))
+        kept_have, kept_need = (-(-n // P) for n in (packed.kept, packed.kept + count_leaving(packed, keep, None)))
+        ring_have, ring_need = (n[:, None].expand(B, Hkv) for n in (ring_have, ring_need))
+        kept_have, kept_need = (n.view(B, Hkv) for n in (kept_have, kept_need))
+        # [B, Hkv, 2]: pages of ring and kept pages, and the first column for each.
+        count = torch.stack([ring_need - ring_have, kept_need - kept_have], 2)
+        column = torch.stack([ring_have, self.ring_pages + kept_have], 2)
+        before = (count.flatten(1).cumsum(1) - count.flatten(1)).view_as(count)
+        # As many as there can be for each, so that the host need not know how many there are.
+        nth = torch.arange(-(-T // P), device=device)
+        wanted = nth < count[..., None]
+        number = self.taken[rows].view(B, 1, 1, 1) + before[..., None] + nth
+        slab = self.slabs[rows[:, None], (number // self.per_slab).clamp_max(self.slabs.shape[1] - 1).flatten(1)]
+        page = slab.view_as(number) * self.per_slab + number % self.per_slab
+        columns = torch.where(wanted, column[..., None] + nth, self.table.shape[2] - 1)
+        packed.table.view(B, Hkv, -1).scatter_(2, columns.flatten(2), page.flatten(2).to(packed.table.dtype))
+        self.taken[rows] += count.sum((1, 2)).to(self.taken.dtype)

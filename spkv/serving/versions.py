@@ -1,0 +1,92 @@
+"""What differs between versions of vLLM, or may: the rest of this package takes these names from here.
+
+vLLM promises none of them but the entry point and `ModelRegistry`, so only versions that were tested are served.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import Tensor
+
+try:
+    import vllm
+    from vllm import ModelRegistry
+except ModuleNotFoundError as error:
+    if error.name != "vllm":
+        raise
+    raise ModuleNotFoundError("serving needs vLLM: pip install 'spkv[vllm]'", name="vllm") from error
+
+# The name in `config.json` that selects our model class.
+ARCHITECTURE = "SPKVLlamaForCausalLM"
+CONNECTOR = "SPKVConnector"
+_FIRST, _LAST = (0, 32), (0, 32)
+
+
+def check_version(version: str | None = None) -> None:
+    """Raise an ImportError for a vLLM that this version of spkv was not tested with."""
+    version = vllm.__version__ if version is None else version
+    found = re.match(r"(\d+)\.(\d+)\.", version)
+    if found is None or not _FIRST <= (int(found[1]), int(found[2])) <= _LAST:
+        first, last = (".".join(map(str, bound)) for bound in (_FIRST, _LAST))
+        raise ImportError(
+            f"spkv serves through vLLM {first}"
+            + (f" to {last}" if first != last else "")
+            + f", and this is {version}: "
+            "vLLM's interfaces for caches change from version to version. pip install 'spkv[vllm]' takes one that fits"
+        )
+
+
+def register() -> None:
+    """Enter our parts in vLLM's registries; calling it again changes nothing.
+
+    With a version that was not tested only what refuses our models is entered; others are not affected.
+    """
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    from spkv.serving import settings
+
+    ModelRegistry.register_model(ARCHITECTURE, f"spkv.serving.model:{ARCHITECTURE}")
+    MODELS_CONFIG_MAP[ARCHITECTURE] = settings.Settings
+    MODELS_CONFIG_MAP.setdefault("LlamaForCausalLM", settings.LlamaSettings)
+    try:
+        check_version()
+    except ImportError:
+        return
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    from spkv.serving.manager import SlabManager, SlabSpec
+
+    if CONNECTOR not in KVConnectorFactory._registry:
+        KVConnectorFactory.register_connector(CONNECTOR, "spkv.serving.connector", CONNECTOR)
+    KVCacheSpecRegistry._ensure_registered()  # a registry that holds anything is taken to be complete
+    KVCacheSpecRegistry.register(SlabSpec, SlabManager, uniform_type_base_spec=SlabSpec)
+
+
+def connector_config() -> Any:
+    """The KV transfer config that puts our connector between scheduler and workers; it transfers no pairs."""
+    from vllm.config import KVTransferConfig
+
+    return KVTransferConfig(kv_connector=CONNECTOR, kv_role="kv_both")
+
+
+def one_memory() -> Any:
+    """What a backend says so that all layers lie in one piece of memory, block by block."""
+    from vllm.v1.kv_cache_layout import KVCacheLayout
+
+    return (KVCacheLayout.BLHNC,)
+
+
+def memory(kv_caches: dict[str, Tensor]) -> Tensor:
+    """The one piece of memory behind the caches of all layers, flat, of their dtype."""
+    caches = list(kv_caches.values())
+    first = caches[0]
+    blocks, block_size = first.shape[0], first[0].numel() * len(caches)
+    storage = first.untyped_storage()
+    if any(cache.untyped_storage().data_ptr() != storage.data_ptr() for cache in caches) or (
+        blocks > 1 and first.stride(0) != block_size
+    ):
+        raise RuntimeError("vLLM did not lay the KV cache out block by block for all layers, as it was asked to")
+    return first.new_empty(0).set_(storage)[: blocks * block_size]  # type: ignore[call-overload]

@@ -1,0 +1,94 @@
+"""What can be served, and what is refused with which words; without vLLM."""
+
+import importlib.util
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+import spkv
+from spkv.config import CONFIG_FILE, SPKVConfig, read_stored
+from spkv.serving import settings
+
+
+def vllm_config(**changes):
+    config = SimpleNamespace(
+        speculative_config=None,
+        kv_transfer_config=None,
+        lora_config=None,
+        additional_config={},
+        parallel_config=SimpleNamespace(
+            decode_context_parallel_size=1, prefill_context_parallel_size=1, pipeline_parallel_size=1
+        ),
+        cache_config=SimpleNamespace(kv_offloading_size=None, cache_dtype="auto"),
+        model_config=SimpleNamespace(hf_config=SimpleNamespace(spkv={"training": {"density": 0.3}})),
+    )
+    for name, value in changes.items():
+        *path, last = name.split("__")
+        part = config
+        for step in path:
+            part = getattr(part, step)
+        setattr(part, last, value)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"speculative_config": object()}, r"speculative decoding \(drop --speculative-config\)"),
+        ({"parallel_config__decode_context_parallel_size": 2}, "context parallelism"),
+        ({"parallel_config__prefill_context_parallel_size": 2}, "context parallelism"),
+        ({"parallel_config__pipeline_parallel_size": 2}, r"pipeline parallelism \(use tensor parallelism\)"),
+        ({"kv_transfer_config": SimpleNamespace(kv_connector="NixlConnector")}, "disaggregated prefill"),
+        ({"cache_config__kv_offloading_size": 4.0}, "KV offloading"),
+        ({"cache_config__cache_dtype": "fp8"}, "a quantised KV cache"),
+        ({"lora_config": object()}, "LoRA"),
+    ],
+)
+def test_features_that_are_off_are_refused(change, words):
+    settings.check_features(vllm_config())
+    with pytest.raises(ValueError, match=f"self-pruned models are served without: {words}"):
+        settings.check_features(vllm_config(**change))
+
+
+def test_models_that_cannot_be_served_are_refused(tiny_llama, tmp_path):
+    spkv.attach(tiny_llama, SPKVConfig(window=8))
+    spkv.save(tiny_llama, tmp_path)
+    stored = read_stored(tmp_path / CONFIG_FILE)
+    assert settings.check_model(stored, tiny_llama.config).window == 8
+    with pytest.raises(ValueError, match="an adapter; make a whole model"):
+        settings.check_model(stored | {"base": {}}, tiny_llama.config)
+    coded = stored | {"config": stored["config"] | {"page_dtype": "int8"}}
+    with pytest.raises(ValueError, match="page_dtype is 'int8'"):
+        settings.check_model(coded, tiny_llama.config)
+    with pytest.raises(ValueError, match="sliding-window"):
+        settings.check_model(stored, SimpleNamespace(layer_types=["full_attention", "sliding_attention"]))
+
+
+def test_files_that_are_not_there_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"holds no {CONFIG_FILE}: it is no self-pruned model"):
+        settings.model_file(SimpleNamespace(model=str(tmp_path), revision=None), CONFIG_FILE)
+
+
+def test_the_expected_density_is_the_one_said_or_trained():
+    assert settings.expected_density(vllm_config()) == 0.3
+    assert settings.expected_density(vllm_config(additional_config={"spkv_density": 0.5})) == 0.5
+    untold = vllm_config(model_config__hf_config__spkv={"training": {}})
+    assert settings.expected_density(untold) == 1.0
+    with pytest.raises(ValueError, match=r"spkv_density must lie in \[0, 1\], not 2.0"):
+        settings.expected_density(vllm_config(additional_config={"spkv_density": 2}))
+
+
+def test_serving_does_without_the_transformers_integration():
+    code = (
+        "import sys, spkv.serving, spkv.serving.settings, spkv.serving.ledger, spkv.serving.slabs;"
+        "print([m for m in sys.modules if m.startswith(('spkv.hf', 'spkv.checkpoint', 'vllm'))])"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_without_vllm_the_extra_is_named():
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'spkv\[vllm\]'"):
+        spkv.serving.register()

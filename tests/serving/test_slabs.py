@@ -1,0 +1,64 @@
+"""The worker's cache in slabs gives what a dense, masked cache gives, whatever runs together with what."""
+
+import random
+
+import pytest
+import torch
+
+from spkv.cache.dense import DenseCache
+from spkv.serving.ledger import Ledger, SlabSizes
+from spkv.serving.slabs import SlabCache
+
+LAYERS, HEADS, KV_HEADS, D, P = 2, 4, 2, 8, 4
+
+
+def make(window, slab_tokens=8, rows=3, max_tokens=200, slabs=200):
+    pages = slabs * LAYERS * KV_HEADS * (slab_tokens // P)
+    pool = torch.full((pages, 2, P, D), float("nan"))
+    ledger = Ledger(SlabSizes(window, P, slab_tokens, 0.5, 50))
+    return SlabCache(pool, LAYERS, KV_HEADS, window, slab_tokens, rows, max_tokens), ledger
+
+
+@pytest.mark.parametrize("window", [1, 8, 10])
+@pytest.mark.parametrize("slab_tokens", [4, 8])
+def test_random_schedules_equal_the_dense_cache(window, slab_tokens):
+    rng = random.Random(window)
+    cache, ledger = make(window, slab_tokens)
+    free, held, oracles, seen = list(range(1, 200)), {}, {}, {}
+    rng.shuffle(free)
+    freed = 0
+    for _ in range(60):
+        for name in list(oracles):
+            if seen[name] > 140:
+                free += held.pop(name)
+                del oracles[name], seen[name]
+                ledger.release(name)
+        batch = {name: rng.choice([1, 1, 1, rng.randint(2, 40)]) for name in "abc" if rng.random() < 0.8}
+        for name, tokens in batch.items():
+            oracles.setdefault(name, DenseCache(LAYERS, window))
+            start = seen.get(name, 0)
+            slabs = [free.pop() for _ in range(ledger.missing(name, start + tokens))]
+            ledger.grant(name, start + tokens, slabs)
+            held.setdefault(name, []).extend(slabs)
+            seen[name] = start + tokens
+        orders = ledger.orders()
+        cache.apply(orders)
+        for layer in range(LAYERS):
+            for tokens in {*batch.values()}:
+                names = [name for name in batch if batch[name] == tokens]
+                B = len(names)
+                query = torch.randn(B, HEADS, tokens, D)
+                key, value = torch.randn(2, B, KV_HEADS, tokens, D)
+                keep = torch.rand(B, KV_HEADS, tokens) < rng.choice([0.1, 0.5, 1.0])
+                rows = cache.row_of_slab[torch.tensor([held[name][0] for name in names])]
+                out = cache.attend(layer, rows, query, key, value, keep, scale=D**-0.5)
+                for b, name in enumerate(names):
+                    one = (tensor[b : b + 1] for tensor in (query, key, value, keep))
+                    expected = oracles[name].attend(layer, *one, scale=D**-0.5)
+                    torch.testing.assert_close(out[b : b + 1], expected)
+        used = dict(zip(orders.rows, cache.used(list(orders.rows.values())), strict=True))
+        for name, count in ledger.report(orders.step, used).items():
+            free += [held[name].pop() for _ in range(count)]
+            freed += count
+        rng.shuffle(free)
+    assert freed > 10

