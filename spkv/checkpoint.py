@@ -86,7 +86,7 @@ def load_base(model: str | os.PathLike[str], *, dtype: torch.dtype | str | None 
 def stored_config(model: str | os.PathLike[str]) -> SPKVConfig | None:
     """The config in a directory that `save` or `save_adapter` wrote; None where there is none."""
     path = Path(model)
-    return SPKVConfig.from_dict(_read_config(path)["config"]) if (path / CONFIG_FILE).is_file() else None
+    return SPKVConfig.from_dict(read_stored(path)["config"]) if (path / CONFIG_FILE).is_file() else None
 
 
 def resolve_model(model: str | os.PathLike[str]) -> str:

@@ -107,7 +107,8 @@ class SlabCache:
         B, Hkv, T = keep.shape
         P, device = self.page_size, rows.device
         ring_have, ring_need = (-(-n.clamp_max(self.window) // P) for n in (packed.seen, packed.seen + T))
-        kept_have, kept_need = (-(-n // P) for n in (packed.kept, packed.kept + count_leaving(packed, keep, None)))
+        leaving = count_leaving(packed.seen, packed.ring_keep, keep, None)
+        kept_have, kept_need = (-(-n // P) for n in (packed.kept, packed.kept + leaving))
         ring_have, ring_need = (n[:, None].expand(B, Hkv) for n in (ring_have, ring_need))
         kept_have, kept_need = (n.view(B, Hkv) for n in (kept_have, kept_need))
         # [B, Hkv, 2]: pages of ring and kept pages, and the first column for each.
