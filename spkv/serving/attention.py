@@ -39,7 +39,7 @@ class BatchBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
     reorder_batch_threshold = 1  # requests with one token come first
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **kwargs)  # abstract in the base class
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Batch:
         requests = common_attn_metadata.num_reqs

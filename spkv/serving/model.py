@@ -5,23 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from spkv.serving import versions
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM
+from vllm.model_executor.models.utils import extract_layer_index
 
-versions.check_version()  # before anything of it is touched
-
-import torch  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
-from torch import Tensor  # noqa: E402
-from vllm.config import get_current_vllm_config  # noqa: E402
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size  # noqa: E402
-from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM  # noqa: E402
-from vllm.model_executor.models.utils import extract_layer_index  # noqa: E402
-
-from spkv.config import PREDICTOR_FILE  # noqa: E402
-from spkv.gates import OpenGate, ThresholdGate  # noqa: E402
-from spkv.predictor import UtilityPredictor  # noqa: E402
-from spkv.serving import settings  # noqa: E402
-from spkv.serving.attention import SelfPrunedAttention  # noqa: E402
+from spkv.config import PREDICTOR_FILE
+from spkv.gates import OpenGate, ThresholdGate
+from spkv.predictor import UtilityPredictor
+from spkv.serving import settings
+from spkv.serving.attention import SelfPrunedAttention
 
 
 class SelfPrunedLlamaAttention(LlamaAttention):  # type: ignore[misc]

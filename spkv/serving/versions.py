@@ -5,6 +5,7 @@ vLLM promises none of them but the entry point and `ModelRegistry`, so only vers
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import Any
 
@@ -43,13 +44,14 @@ def register() -> None:
 
     With a version that was not tested only what refuses our models is entered; others are not affected.
     """
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
-
     from spkv.serving import settings
 
     ModelRegistry.register_model(ARCHITECTURE, f"spkv.serving.model:{ARCHITECTURE}")
-    MODELS_CONFIG_MAP[ARCHITECTURE] = settings.Settings
-    MODELS_CONFIG_MAP.setdefault("LlamaForCausalLM", settings.LlamaSettings)
+    with contextlib.suppress(ImportError):
+        from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+        MODELS_CONFIG_MAP[ARCHITECTURE] = settings.Settings
+        MODELS_CONFIG_MAP.setdefault("LlamaForCausalLM", settings.LlamaSettings)
     try:
         check_version()
     except ImportError:

@@ -142,13 +142,16 @@ def test_preempted_requests_start_anew_and_come_to_the_same(engine, expected):
     assert tokens == [expected(prompt) for prompt in requests]
 
 
-def test_versions_that_were_not_tested_are_refused():
+def test_versions_that_were_not_tested_are_refused(engine, monkeypatch):
     from spkv.serving import versions
 
     versions.check_version()
     for version in ("0.31.2", "0.33.0", "1.0.0", "dev"):
         with pytest.raises(ImportError, match=f"through vLLM 0.32, and this is {version}"):
             versions.check_version(version)
+    monkeypatch.setattr(vllm, "__version__", "0.33.1")
+    with pytest.raises(ImportError, match="this is 0.33.1"):
+        engine()
 
 
 def test_what_is_off_is_refused(engine):
