@@ -42,6 +42,8 @@ class Answers:
         prefix = prefix_ids(tokenizer)
         self._contexts = [_begun(prefix, self._encode(example.context)) for example in self.examples]
         self._prompts = [[self._encode(question.prompt) for question in example.questions] for example in self.examples]
+        stops = {question.stop for example in self.examples for question in example.questions}
+        self._stops = {stop: _ids_that_hold(stop, tokenizer) for stop in stops}
         for index, example in enumerate(self.examples):
             answers = sum(question.max_new_tokens for question in example.questions)
             tokens = len(self._contexts[index]) - len(prefix) + sum(map(len, self._prompts[index])) + answers
@@ -52,7 +54,8 @@ class Answers:
 
     def identity(self) -> dict[str, Any]:
         """What a saved evaluation of the same examples must agree in."""
-        return {"contexts": self._contexts, "prompts": self._prompts}
+        stops = [[question.stop for question in example.questions] for example in self.examples]
+        return {"contexts": self._contexts, "prompts": self._prompts, "stops": stops}
 
     def check(self, model: PreTrainedModel, press: str | None = None, *, oracle: bool = False) -> None:
         """Raise a ValueError if a model cannot hold the examples, or a method cannot prune them."""
@@ -75,7 +78,7 @@ class Answers:
             batch_size = 1
         alike: dict[tuple[Any, ...], list[int]] = {}
         for index in sorted(range(self.count), key=lambda i: (-len(self._contexts[i]), i)):
-            limits = tuple(question.max_new_tokens for question in self.examples[index].questions)
+            limits = tuple((question.max_new_tokens, question.stop) for question in self.examples[index].questions)
             alike.setdefault((bool(self._contexts[index]), *limits), []).append(index)
         return [
             group[start : start + batch_size] for group in alike.values() for start in range(0, len(group), batch_size)
@@ -100,10 +103,10 @@ class Answers:
         elif contexts[0]:
             session.read(contexts)
         at_context = session.sizes() if contexts[0] else [None] * len(batch)
-        stop, answers = stop_ids(model), []
-        for turn in range(len(self._prompts[batch[0]])):
-            limit = self.examples[batch[0]].questions[turn].max_new_tokens
-            ids = session.answer([self._prompts[i][turn] for i in batch], limit, stop)
+        answers = []
+        for turn, question in enumerate(self.examples[batch[0]].questions):
+            stop = self._stops[question.stop].union(stop_ids(model))
+            ids = session.answer([self._prompts[i][turn] for i in batch], question.max_new_tokens, stop)
             answers.append([decode_text(self.tokenizer, one) for one in ids])
         records = []
         for place, index in enumerate(batch):
@@ -138,3 +141,11 @@ class Answers:
 def _begun(prefix: list[int], ids: list[int]) -> list[int]:
     """A text behind the tokenizer's prefix, unless a chat template has put it there already."""
     return ids if prefix and ids[: len(prefix)] == prefix else [*prefix, *ids]
+
+
+def _ids_that_hold(text: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The ids of tokens with `text` in them; none for an empty one."""
+    if not text:
+        return frozenset()
+    pieces = tokenizer.batch_decode([[index] for index in range(len(tokenizer))])
+    return frozenset(index for index, piece in enumerate(pieces) if text in piece)

@@ -17,11 +17,13 @@ class Question:
         prompt: what follows the context, or the answer before; the model's answer begins behind it.
         references: accepted answers, or all that the answer must contain: the task's `score` knows which.
         max_new_tokens: tokens that the model may answer with.
+        stop: what ends an answer, besides the model's own end, such as a line break; any token that holds it does.
     """
 
     prompt: str
     references: tuple[str, ...]
     max_new_tokens: int
+    stop: str = ""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -39,6 +40,24 @@ def test_a_policy_that_keeps_everything_scores_as_dense(words_model, tokenizer, 
         for name in ("score", "kept_fraction", "by_fact", "by_turn", "tokens"):
             assert opened[name] == dense[name]
         assert dense["kept_fraction"] == 1
+
+
+@pytest.mark.parametrize("batch", [[0], [0, 1]])
+def test_answers_end_before_a_token_that_holds_what_stops_them(words_model, tokenizer, letters, batch):
+    class Stopped(letters):
+        def examples(self, *arguments):
+            made = super().examples(*arguments)
+            questions = [tuple(dataclasses.replace(q, stop=stop) for q in example.questions) for example in made]
+            return [dataclasses.replace(e, questions=q) for e, q in zip(made, questions, strict=True)]
+
+    def answers():
+        job = Answers(Stopped(turns=1), tokenizer, LENGTH, 2, seed=3)
+        return [record["answers"][0] for record in job.run(words_model, batch, chunk_size=64)]
+
+    stop = ""
+    free = answers()
+    stop = next(letter for letter in free[0][1:] if letter.isascii())
+    assert answers() == [text.partition(stop)[0] for text in free]
 
 
 def test_rows_tell_what_was_measured(words_model, job):

@@ -57,4 +57,4 @@ def needle(thing: str, number: str) -> str:
 def question(thing: str, number: str) -> Question:
     """The question that only the needle answers."""
     prompt = f"\n\nQuestion: What is the secret number of the {thing}?\nAnswer: The secret number of the {thing} is"
-    return Question(prompt, (number,), _MAX_NEW_TOKENS)
+    return Question(prompt, (number,), _MAX_NEW_TOKENS, stop="\n")
