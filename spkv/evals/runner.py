@@ -90,6 +90,9 @@ def evaluate(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     check_matches(policies)
+    labels = [policy.label for policy in policies]
+    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+        raise ValueError(f"several policies are called {', '.join(twice)}: their results would be taken for one's")
     for policy in policies:
         if policy.press is not None:
             check_press(policy.press, model if policy.model is None else None)

@@ -18,7 +18,7 @@ from benchmarks.losses import measure, whole_sequences
 from benchmarks.recipe_results import Results
 from benchmarks.recipe_runs import SUITES, Run, control_of, frontier, known_runs, with_controls
 from benchmarks.retrieval_data import retrieval_documents
-from spkv.evals.nll import evaluate_nll
+from spkv.evals import evaluate_nll
 from spkv.evals.policies import Policy
 from spkv.gates import RandomGate, SinkGate, ThresholdGate
 from spkv.training.data import PackedRows
@@ -193,7 +193,7 @@ def attached(work, scatter_utilities):
 def test_the_mask_gives_what_the_cache_gives(attached):
     sequences = torch.randint(1, 250, (3, 40))
     gates = (ThresholdGate(0.5), SinkGate(2), RandomGate(0.3))
-    policies = [Policy("custom", gate) for gate in gates]
+    policies = [Policy(type(gate).__name__, gate) for gate in gates]
     for gate, expected in zip(gates, evaluate_nll(attached, sequences, policies), strict=True):
         found = measure(attached, whole_sequences(sequences), gate, batch_size=2)
         for name in ("loss", "density", "kept_fraction"):

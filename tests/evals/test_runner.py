@@ -60,6 +60,11 @@ def test_answers_end_before_a_token_that_holds_what_stops_them(words_model, toke
     assert answers() == [text.partition(stop)[0] for text in free]
 
 
+def test_policies_of_one_name_are_refused(words_model, job):
+    with pytest.raises(ValueError, match="several policies are called mine: their results"):
+        evaluate(words_model, [job], [Policy("mine", OpenGate()), Policy("dense"), Policy("mine")])
+
+
 def test_rows_tell_what_was_measured(words_model, job):
     rows = evaluate(words_model, [job], make_policies(["dense", "spkv", "random"], [0.3, 0.7]), batch_size=2)
     spkv_low, spkv_high, random = rows[1:]
