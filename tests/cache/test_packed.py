@@ -606,7 +606,7 @@ def test_slabs_hold_what_one_tensor_holds(data, dtype, page_dtype):
     for cache in caches.values():
         cache.allocate(text.key[0])
     if INTERPRETED:
-        for pool in caches[True]._pools():
+        for pool in caches[True].pools.values():
             pool._allocate = Arena(pool)
     in_slabs, in_one = (run(cache, text, schedule, poisoned=False) for cache in caches.values())
     for layer in range(2):

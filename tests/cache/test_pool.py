@@ -41,14 +41,15 @@ def test_no_page_is_handed_out_twice_or_lost_and_each_keeps_its_content(slabs, s
 
 
 def test_slabs_stay_where_they_are_and_ids_are_distances():
-    pages = pool(True, pairs=16, head_size=96 * 64)  # a page of no power of two
+    # A page of no power of two; float64 holds every id.
+    pages = pool(True, pairs=16, head_size=96 * 64, dtype=torch.float64)
     pages.grow(3)
     start, moves = pages.pages.data_ptr(), pages.moves
     address = {}
     for count in (1, 2):
         pages.grow(count)
     ids = pages.take(6)
-    pages.scatter(ids, ids.float().view(-1, 1, 1, 1).expand(-1, *pages.pages.shape[1:]).contiguous())
+    pages.scatter(ids, ids.double().view(-1, 1, 1, 1).expand(-1, *pages.pages.shape[1:]).contiguous())
     for _, slab in pages._slabs:
         for page in slab:
             address[page.data_ptr()] = float(page[0, 0, 0])
