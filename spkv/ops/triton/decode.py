@@ -29,7 +29,7 @@ from torch import Tensor
 from spkv.ops.packed import PackedLayer
 from spkv.ops.triton import coded
 from spkv.ops.triton.coded import load_coded, load_codes
-from spkv.ops.triton.launch import INTERPRETED, on_device_of, padded
+from spkv.ops.triton.launch import INTERPRETED, early_options, launches_early, on_device_of, padded
 from spkv.ops.triton.primitives import LOG2_E, dot, tanh
 
 
@@ -116,6 +116,7 @@ def decode_with(
     acc = torch.empty(rows, G, D, dtype=torch.float32, device=query.device)
     m, l = torch.empty(2, rows, G, dtype=torch.float32, device=query.device)  # noqa: E741
     span = torch.empty(C, 2, dtype=torch.int32, device=query.device)
+    early = launches_early(query.device)
     with on_device_of(query):
         _attend[(programs,)](
             query, pool, table, packed.seen, packed.kept, acc, m, l, span,
@@ -124,11 +125,11 @@ def decode_with(
             *coded.operands(packed), CODEC=coded.name(packed),
             Hkv=Hkv, G=G, D=D, P=packed.page_size, N=tile.slots, M=max(16, triton.next_power_of_2(G)),
             D_PAD=padded(D), SCANNED=min(_SCANNED, triton.next_power_of_2(C)), SOFTCAP=softcap is not None,
-            UPCAST=INTERPRETED, num_warps=tile.warps, num_stages=tile.stages,
+            UPCAST=INTERPRETED, EARLY=early, num_warps=tile.warps, num_stages=tile.stages, **early_options(early),
         )  # fmt: skip
         _merge[(C, G)](
             acc, m, l, span, packed.seen, packed.kept, sinks, out, C, packed.window,
-            Hkv=Hkv, G=G, D=D, D_PAD=padded(D), MERGED=_MERGED, num_warps=4,
+            Hkv=Hkv, G=G, D=D, D_PAD=padded(D), MERGED=_MERGED, EARLY=early, num_warps=4, **early_options(early),
         )  # fmt: skip
     return out
 
@@ -209,8 +210,12 @@ def _attend(
     codes, numbers, page_bytes, CODEC: tl.constexpr,
     Hkv: tl.constexpr, G: tl.constexpr, D: tl.constexpr, P: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
     D_PAD: tl.constexpr, SCANNED: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Each program: the online softmax of its piece of the line of work, one state for every chain it meets."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()  # for the write
+        tl.extra.cuda.gdc_launch_dependents()  # the merge
     program, programs = tl.program_id(0), tl.num_programs(0)
     total = 0
     for start in range(0, C, SCANNED):
@@ -283,8 +288,11 @@ def _attend(
 def _merge(
     acc_in, m_in, l_in, span, seen, kept, sinks, out, C, window,
     Hkv: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, MERGED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One query of one chain: the states of its programs, merged by log-sum-exp, and the sink."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     chain, g = tl.program_id(0), tl.program_id(1)
     _, held = _lengths(seen, kept, chain, C, window, Hkv)
     # An empty chain has no state and its span was never written.

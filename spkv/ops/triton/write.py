@@ -24,7 +24,7 @@ from torch import Tensor
 from spkv.ops.packed import PackedLayer
 from spkv.ops.triton import coded
 from spkv.ops.triton.coded import store_coded
-from spkv.ops.triton.launch import on_device_of
+from spkv.ops.triton.launch import launches_early, on_device_of
 
 _TILE = 4096  # elements of keys that a program of the chunk's scatter moves
 _MARKED = 1024  # columns that a program marks
@@ -56,7 +56,7 @@ def _write_token(packed: PackedLayer, key: Tensor, value: Tensor, keep: Tensor, 
         key.stride(0), key.stride(1), keep.stride(0), keep.stride(1), 0 if valid is None else valid.stride(0),
         pool.stride(0), pool.stride(1), pool.stride(2), table.stride(0), ring_keep.stride(0),
         Hkv=Hkv, D=D, P=packed.page_size, HKV_PAD=triton.next_power_of_2(Hkv), D_PAD=triton.next_power_of_2(D),
-        CODEC=coded.name(packed), num_warps=4,
+        CODEC=coded.name(packed), EARLY=launches_early(key.device), num_warps=4,
     )  # fmt: skip
 
 
@@ -129,12 +129,19 @@ def _token(
     key_stride_b, key_stride_h, keep_stride_b, keep_stride_h, valid_stride_b,
     pool_stride_page, pool_stride_half, pool_stride_slot, table_stride, ring_keep_stride,
     Hkv: tl.constexpr, D: tl.constexpr, P: tl.constexpr, HKV_PAD: tl.constexpr, D_PAD: tl.constexpr,
-    CODEC: tl.constexpr,
+    CODEC: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One sequence, all its heads: they share `seen`, which must not move before the last of them has read it."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()  # attention, in a decode step
     b = tl.program_id(0)
     h, d = tl.arange(0, HKV_PAD), tl.arange(0, D_PAD)
     heads = h < Hkv
+    # Read early: these do not depend on the reads below, of which each waits for the one before.
+    new = b.to(tl.int64) * key_stride_b + h[:, None] * key_stride_h + d[None, :]
+    exists = heads[:, None] & (d[None, :] < D)
+    new_key, new_value = tl.load(key + new, mask=exists), tl.load(value + new, mask=exists)
+    new_bit = tl.load(keep + b.to(tl.int64) * keep_stride_b + h * keep_stride_h, mask=heads, other=0)
     if valid is not None:
         heads = heads & (tl.load(valid + b.to(tl.int64) * valid_stride_b) != 0)
     chain = (b * Hkv + h).to(tl.int64)
@@ -194,10 +201,8 @@ def _token(
     tl.debug_barrier()
 
     entries = heads[:, None] & (d[None, :] < D)
-    new = b.to(tl.int64) * key_stride_b + h[:, None] * key_stride_h + d[None, :]
-    tl.store(pair, tl.load(key + new, mask=entries), mask=entries)
-    tl.store(pair + pool_stride_half, tl.load(value + new, mask=entries), mask=entries)
-    new_bit = tl.load(keep + b.to(tl.int64) * keep_stride_b + h * keep_stride_h, mask=heads, other=0)
+    tl.store(pair, new_key, mask=entries)
+    tl.store(pair + pool_stride_half, new_value, mask=entries)
     tl.store(keep_bit, new_bit, mask=heads)
     tl.store(kept + chain, end + 1, mask=leaves)
     tl.store(seen + b, position + 1, mask=tl.sum(heads.to(tl.int32), 0) > 0)
