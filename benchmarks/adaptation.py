@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import statistics
 import sys
@@ -28,6 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 import spkv
 import spkv.hf.forward
 from benchmarks.run import environment
+from spkv.hf.compiled import compiled_parts
 from spkv.training.adapt import training_arguments
 from spkv.training.data import PackedRows, TrainingRows
 from spkv.training.parameters import prepare_parameters
@@ -86,7 +88,7 @@ def _tokens(count: int, document: int) -> Tokens:
     return Tokens(tokens, np.arange(0, count, document, dtype=np.int64), "")
 
 
-def measure(recipe: Recipe, attention: str, batch_size: int, steps: int) -> dict[str, Any]:
+def measure(recipe: Recipe, attention: str, batch_size: int, steps: int, compile: bool) -> dict[str, Any]:
     """Train for some steps; returns tokens a second and the milliseconds of the median step."""
     base = smollm2_shape()
     if recipe.lora_rank is not None:
@@ -96,6 +98,8 @@ def measure(recipe: Recipe, attention: str, batch_size: int, steps: int) -> dict
     with tempfile.TemporaryDirectory() as output, contextlib.ExitStack() as stack:
         stack.enter_context(spkv.dense(model) if attention == "dense" else _gated_attention_by(attention))
         stack.enter_context(disable_input_dtype_casting(model, active=recipe.lora_rank is not None))
+        if compile:
+            stack.enter_context(compiled_parts(base, training=True))
         args = training_arguments(
             output,  # type: ignore[arg-type]
             recipe,
@@ -117,6 +121,7 @@ def measure(recipe: Recipe, attention: str, batch_size: int, steps: int) -> dict
     median = statistics.median(times.seconds[_WARM_UP_STEPS:])
     return {
         "attention": attention,
+        "compiled": compile,
         "batch_size": batch_size,
         "milliseconds_per_step": 1e3 * median,
         "tokens_per_second": recipe.tokens_per_step / median,
@@ -129,16 +134,16 @@ def rows(
 ) -> list[dict[str, Any]]:
     """Measure dense training and adaptation; each row names its share of the dense throughput."""
     found = []
-    for training, lora_rank in (("full", None), ("LoRA", 24)):
+    for (training, lora_rank), compile in itertools.product((("full", None), ("LoRA", 24)), (False, True)):
         dense = None
-        for attention in ("dense", "triton", "flex"):
+        for attention in ("dense", "triton") if compile else ("dense", "triton", "flex"):
             name = "dense-control" if attention == "dense" else "fast"
             # The anneal and the hard phase cost the same; soft gates for all steps keep the steps alike.
             changes: dict[str, Any] = dict(steps=_WARM_UP_STEPS + steps, soft_fraction=1.0, anneal_steps=0)
             if lora_rank:
                 changes["lora_rank"] = lora_rank
             torch.cuda.reset_peak_memory_stats()
-            row = {"training": training, **measure(get_recipe(name, **changes), attention, batch_size, steps)}
+            row = {"training": training, **measure(get_recipe(name, **changes), attention, batch_size, steps, compile)}
             dense = dense or row["tokens_per_second"]
             row["versus_dense"] = row["tokens_per_second"] / dense
             found.append(row)

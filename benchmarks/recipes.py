@@ -104,6 +104,8 @@ class Suite:
             return
         self._check_time()
         summary = self._train(run)
+        if self.options.train_only:
+            return
         self.results.add_recipe(identity, run.recipe)
         trained = {
             "method": run.method,
@@ -172,6 +174,7 @@ class Suite:
             resume=True,
             seed=self.options.seed,
             batch_size=self.options.training_batch_size,
+            compile=self.options.compile,
             save_every=self.options.save_every,
             log_every=_LOG_EVERY,
             progress=False,
@@ -301,6 +304,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--thresholds", type=float, nargs="+", default=list(THRESHOLDS))
     parser.add_argument("--batch-size", type=int, default=4, help="rows evaluated at once")
     parser.add_argument("--training-batch-size", type=int, help="rows trained on at once; default: what should fit")
+    parser.add_argument("--compile", action="store_true", help="train with the small operations compiled")
+    parser.add_argument("--train-only", action="store_true", help="measure nothing yet, so that no control is needed")
     parser.add_argument("--output", type=Path, help="directory for models and checkpoints")
     parser.add_argument("--json", type=Path, required=True, help="file for the rows, written after every one")
     parser.add_argument("--merge", type=Path, nargs="+", default=[], help="files whose rows are added first")

@@ -2,8 +2,8 @@
 
     python -m benchmarks.recipes_in_parallel --gpus 4 --suite frontier --data ... --json FILE --time-limit 1500
 
-Takes the options of `benchmarks.recipes`. Controls come first, and a run starts once its control is there; of those
-that can start, the longest does. Every run writes a file of its own beside FILE, and FILE has the rows of all that are
+Takes the options of `benchmarks.recipes`. Controls come first, and a run is measured once its control is there; of
+those that can start, the longest does. Every run writes a file of its own beside FILE, and FILE has the rows of all that are
 finished. The same command goes on where it was stopped.
 """
 
@@ -50,7 +50,7 @@ class Fleet:
     def work(self, gpu: int) -> None:
         """Run one job after another on a GPU, until there is none left or the time is up."""
         while (job := self._next()) is not None:
-            state = self._run(job.run, gpu)
+            state = self._run(job, gpu)
             with self.changed:
                 job.state = state
                 print(f"GPU {gpu}: {job.run.name}: {state}", file=sys.stderr, flush=True)
@@ -64,31 +64,41 @@ class Fleet:
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
     def _next(self) -> Job | None:
-        """The longest job that can start; waits where all of them wait for controls that are running."""
+        """The longest job that can start: a control, or a run whose control has started."""
         with self.changed:
-            while time.monotonic() < self.deadline:
-                waiting = [job for job in self.jobs.values() if job.state == "waiting"]
-                ready = [job for job in waiting if self._is_ready(job)]
-                if ready:
-                    job = max(ready, key=lambda job: (not job.run.recipe.gates, job.run.recipe.tokens or 0))
-                    job.state = "running"
-                    return job
-                if not any(job.state == "running" for job in self.jobs.values()):
-                    return None
-                self.changed.wait(timeout=1.0)
-        return None
+            if time.monotonic() > self.deadline:
+                return None
+            ready = [job for job in self.jobs.values() if job.state == "waiting" and self._is_ready(job)]
+            if not ready:
+                return None
+            job = max(ready, key=lambda job: (not job.run.recipe.gates, job.run.recipe.tokens or 0))
+            job.state = "running"
+            return job
 
     def _is_ready(self, job: Job) -> bool:
-        control = self.jobs[control_of(job.run).name]
-        return control is job or control.state == "done"
+        control = self._control(job)
+        return control is job or control.state in ("running", "done")
 
-    def _run(self, run: Run, gpu: int) -> str:
-        control, own = self._file(self.jobs[control_of(run).name]), self._file(self.jobs[run.name])
+    def _control(self, job: Job) -> Job:
+        return self.jobs[control_of(job.run).name]
+
+    def _run(self, job: Job, gpu: int) -> str:
+        """Train and measure; where the control is still running, train first and wait for it then."""
+        control = self._control(job)
+        if control is not job and control.state != "done":
+            if (state := self._recipes(job.run, gpu, ["--train-only"])) != "done":
+                return state
+            with self.changed:
+                self.changed.wait_for(lambda: control.state != "running")
+            if control.state != "done":
+                return "unfinished"
+        return self._recipes(job.run, gpu, [] if control is job else ["--merge", str(self._file(control))])
+
+    def _recipes(self, run: Run, gpu: int, options: list[str]) -> str:
+        own = self._file(self.jobs[run.name])
         left = max(1.0, self.deadline - time.monotonic())
         command = [sys.executable, "-m", "benchmarks.recipes", "--runs", run.name, "--alone", "--json", str(own)]
-        command += [*self.arguments, "--time-limit", f"{left:.0f}"]
-        if control != own:
-            command += ["--merge", str(control)]
+        command += [*self.arguments, *options, "--time-limit", f"{left:.0f}"]
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
         with own.with_suffix(".log").open("a") as log:
             code = subprocess.run(command, env=environment, stdout=log, stderr=log).returncode

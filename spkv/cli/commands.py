@@ -182,6 +182,9 @@ def adapt(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
     ] = False,
+    compile_parts: Annotated[
+        bool, typer.Option("--compile", help="Fuse small operations with torch.compile: shorter steps, a later start.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")] = False,
     seed: Annotated[int, typer.Option(help="Of the predictor's start and the order of the data.")] = 0,
     as_json: Json = False,
@@ -215,6 +218,7 @@ def adapt(
             validation=validation,
             batch_size=batch_size,
             gradient_checkpointing=gradient_checkpointing,
+            compile=compile_parts,
             resume=resume,
             seed=seed,
         )

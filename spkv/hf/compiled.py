@@ -1,9 +1,9 @@
-"""The small operations of a decode step, fused by torch.compile while a CUDA graph is captured.
+"""The small operations of a stock model, fused by torch.compile.
 
-A step of a stock model is some forty kernels a layer, most of them a few elements wide: norms, rotary embedding,
-activations, predictors. Compiling them one by one, not the model as a whole, takes seconds instead of minutes, since
-all layers share the same three functions, and it leaves attention, cache and hooks as they are. MLPs are left alone:
-`concurrent.py` runs their halves side by side, which saves more than a fused activation.
+A layer is some forty kernels: in a decode step most of them are a few elements wide, in training most of them move
+activations through memory and compute next to nothing. Compiling norms, rotary embedding, activations and predictors
+one by one, not the model as a whole, takes seconds instead of minutes, since all layers share the same few functions,
+and it leaves attention, cache and hooks as they are.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch._inductor.config as inductor
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -25,32 +26,43 @@ _ROTARY = "apply_rotary_pos_emb"
 
 
 @functools.cache
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+def _compile(function: Callable[..., Any], reproducible: bool = False) -> Callable[..., Any]:
     # Round where the model rounds, so that compiled and eager steps choose the same tokens.
-    return torch.compile(function, options={"emulate_precision_casts": True})
+    options: dict[str, Any] = {"emulate_precision_casts": True}
+    if reproducible and hasattr(inductor, "deterministic"):
+        # Kernels that sum are chosen by rule and not by a race, so that another process computes the same.
+        options["deterministic"] = True
+    return torch.compile(function, options=options)
 
 
 @contextlib.contextmanager
-def compiled_parts(model: PreTrainedModel) -> Iterator[None]:
+def compiled_parts(model: PreTrainedModel, training: bool = False) -> Iterator[None]:
     """Inside, the norms, predictors and rotary embeddings of a causal LM run compiled.
 
-    Nothing else may use a model of the same family meanwhile: rotary embedding is a function of its module.
+    With `training` its gated MLPs and the loss do, too. (In a decode step `concurrent.py` runs the halves of an MLP
+    side by side, which saves more than a fused activation.) Nothing else may use a model of the same family meanwhile:
+    rotary embedding is a function of its module.
     """
-    parts = [module for module in model.modules() if _is_part(module)]
+    parts = [module for module in model.modules() if _is_part(module) or (training and _is_plain_mlp(module))]
+    loss: Any = getattr(model, "loss_function", None) if training else None
     sources = {sys.modules[type(attention).__module__] for attention in find_decoder(model).attentions}
     rotary = [(source, getattr(source, _ROTARY)) for source in sources if hasattr(source, _ROTARY)]
     try:
         module: Any
         for module in parts:
-            module.forward = functools.partial(_compile(type(module).forward), module)
+            module.forward = functools.partial(_compile(type(module).forward, training), module)
         for source, function in rotary:
-            setattr(source, _ROTARY, _compile(function))
+            setattr(source, _ROTARY, _compile(function, training))
+        if loss is not None:
+            model.loss_function = _compile(loss, training)
         yield
     finally:
         for module in parts:
             module.__dict__.pop("forward", None)
         for source, function in rotary:
             setattr(source, _ROTARY, function)
+        if loss is not None:
+            model.loss_function = loss
 
 
 def _is_part(module: nn.Module) -> bool:
@@ -59,3 +71,11 @@ def _is_part(module: nn.Module) -> bool:
         return False
     is_norm = "Norm" in type(module).__name__ and not any(True for _ in module.children())
     return is_norm or isinstance(module, UtilityPredictor)
+
+
+def _is_plain_mlp(module: nn.Module) -> bool:
+    """A gated MLP of linear layers, none of them wrapped (LoRA) or with a forward pass of its own."""
+    projections = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    return "forward" not in vars(module) and all(
+        type(projection) is nn.Linear and "forward" not in vars(projection) for projection in projections
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import os
@@ -36,6 +37,7 @@ def adapt(
     seed: int = 0,
     batch_size: int | None = None,
     gradient_checkpointing: bool = False,
+    compile: bool = False,
     save_every: int | None = None,
     log_every: int = 10,
     keep_checkpoints: bool = False,
@@ -64,6 +66,8 @@ def adapt(
         batch_size: rows that a process computes at once; must divide its share of a step. None takes what should
             fit into GPU memory, and 1 on a CPU.
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
+        compile: fuse small operations and the loss with torch.compile, which takes some half a minute at the start
+            and makes steps shorter; see `spkv.hf.compiled`. Not with FSDP.
         save_every: steps between checkpoints; None makes ten in a run.
         log_every: steps between log entries.
         keep_checkpoints: keep them when the run is finished.
@@ -103,6 +107,8 @@ def adapt(
 
     if not data:
         raise ValueError("no data files were given")
+    if compile and _uses_fsdp():
+        raise ValueError("compile is not supported with FSDP; leave it out")
     output = Path(output)
     stored = stored_config(model)
     if stored is not None and stored.layout is not None and recipe.gates:
@@ -170,7 +176,7 @@ def adapt(
     # A model that is sharded first as it starts to train cannot be run before.
     if held_out is not None and not trainer.is_fsdp_enabled:
         summary["base_validation_loss"] = trainer.evaluate_rows(held_out, open_gates=True).loss
-    summary |= _train(trainer, checkpoint)
+    summary |= _train(trainer, checkpoint, compile)
     if recipe.lora_rank is not None:
         # What is evaluated is what is stored.
         round_trained_parameters(prepared, ADAPTER_DTYPE)
@@ -254,15 +260,21 @@ def _uses_fsdp() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
-def _train(trainer: AdaptationTrainer, checkpoint: str | None) -> dict[str, Any]:
+def _train(trainer: AdaptationTrainer, checkpoint: str | None, compile: bool) -> dict[str, Any]:
     import torch
     from peft.helpers import disable_input_dtype_casting
+
+    from spkv.hf.compiled import compiled_parts
 
     start = time.perf_counter()
     before = 0 if checkpoint is None else int(checkpoint.rpartition("-")[2])
     # PEFT would cast every input of a LoRA layer to float32, only for autocast to cast it back.
     model: Any = trainer.model
-    with disable_input_dtype_casting(model, active=trainer.args.bf16 and trainer.recipe.lora_rank is not None):
+    with contextlib.ExitStack() as around:
+        lora = trainer.recipe.lora_rank is not None
+        around.enter_context(disable_input_dtype_casting(model, active=trainer.args.bf16 and lora))
+        if compile:
+            around.enter_context(compiled_parts(model.get_base_model() if lora else model, training=True))
         trainer.train(resume_from_checkpoint=checkpoint)
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -14,8 +14,8 @@ from benchmarks.recipe_runs import control_of, known_runs
 
 @pytest.fixture
 def finished(monkeypatch):
-    """Stands in for the processes: the names of runs in the order in which they ended, with their GPUs."""
-    done = []
+    """Stands in for the processes: the names of runs in the order in which they were measured, with their GPUs."""
+    done, trained = [], []
 
     def run(command, env=None, **_):
         if "--runs" in command:
@@ -23,7 +23,12 @@ def finished(monkeypatch):
             own = command[command.index("--json") + 1]
             if "--merge" in command:
                 assert control_of(known_runs()[name]).name in [ended for ended, _ in done]
+            elif name in trained:
+                raise AssertionError(f"{name} is measured before its control")
             time.sleep(0.01)
+            if "--train-only" in command:
+                trained.append(name)
+                return SimpleNamespace(returncode=0)
             code = {"20M-d0.3": 7, "20M-d0.4": recipes_in_parallel.UNFINISHED}.get(name, 0)
             done.append((name, env["CUDA_VISIBLE_DEVICES"]))
             with open(own, "w") as file:
@@ -36,7 +41,7 @@ def finished(monkeypatch):
     return done
 
 
-def test_every_run_is_made_once_after_its_control(finished, tmp_path, capsys):
+def test_every_run_is_measured_once_after_its_control(finished, tmp_path, capsys):
     names = ["20M-d0.1", "20M-d0.2", "20M-d0.3", "20M-d0.4", "50M-d0.1"]
     code = recipes_in_parallel.main(["--gpus", "3", "--runs", *names, "--json", str(tmp_path / "f.json")])
     assert code == 1

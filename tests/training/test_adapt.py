@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import spkv
 from spkv.checkpoint import load_base
+from spkv.hf import compiled
 from spkv.hf.attach import attach
 from spkv.predictor import UtilityPredictor
 from spkv.training import adapt
@@ -274,3 +276,22 @@ def test_a_budget_per_parameter_counts_the_base_model_alone(model_directory, rec
         recipe = recipe_of(name)
         model = prepare_parameters(attach(load_base(model_directory), recipe.config()), recipe)
         assert base_parameters(model) == expected
+
+
+def test_compiling_wraps_the_training_and_nothing_else(run, recipe_of, monkeypatch) -> None:
+    inside = []
+
+    @contextlib.contextmanager
+    def parts(model: Any, training: bool) -> Iterator[None]:
+        assert training
+        inside.append(type(model).__name__)
+        yield
+        inside.append("left")
+
+    monkeypatch.setattr(compiled, "compiled_parts", parts)
+    run(recipe_of("fast", steps=2), compile=True)
+    run(recipe_of("fast-lora", steps=2), "lora", compile=True)
+    assert inside == ["LlamaForCausalLM", "left"] * 2
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="compile is not supported with FSDP"):
+        run(recipe_of("fast", steps=2), "sharded", compile=True)
