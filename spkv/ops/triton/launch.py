@@ -39,7 +39,7 @@ def launches_early(device: torch.device) -> bool:
     """
     if device.type != "cuda" or torch.version.hip is not None or not hasattr(tl.extra.cuda, "gdc_wait"):
         return False
-    driver: int = torch._C._cuda_getDriverVersion()
+    driver: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
     return torch.cuda.get_device_capability(device) >= (9, 0) and driver >= _DRIVER_WITH_EARLY_GRAPHS
 
 
