@@ -3,8 +3,8 @@
     python -m benchmarks.recipes_in_parallel --gpus 4 --suite frontier --data ... --json FILE --time-limit 1500
 
 Takes the options of `benchmarks.recipes`. Controls come first, and a run is measured once its control is there; of
-those that can start, the longest does. Every run writes a file of its own beside FILE, and FILE has the rows of all that
-are finished. The same command goes on where it was stopped.
+those that can start, the longest does. Every run writes a file of its own beside FILE, and FILE has the rows of all
+that are finished. The same command goes on where it was stopped.
 """
 
 from __future__ import annotations
