@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 from typing import Any
 
@@ -39,8 +40,9 @@ def launches_early(device: torch.device) -> bool:
     """
     if device.type != "cuda" or torch.version.hip is not None or not hasattr(tl.extra.cuda, "gdc_wait"):
         return False
-    driver: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
-    return torch.cuda.get_device_capability(device) >= (9, 0) and driver >= _DRIVER_WITH_EARLY_GRAPHS
+    driver = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(driver))
+    return torch.cuda.get_device_capability(device) >= (9, 0) and driver.value >= _DRIVER_WITH_EARLY_GRAPHS
 
 
 def early_options(early: bool) -> dict[str, Any]:
