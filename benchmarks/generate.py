@@ -26,7 +26,7 @@ import pydoc_data.topics
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -64,6 +64,7 @@ LENGTHS = (8192, 32_768, 131_072)
 _SKEWED = -1.0  # stands for the skewed densities of `ops_decode`
 DENSITIES = (0.25, _SKEWED, 0.10, 0.34)
 _CODED = ("int8", "fp8", "int4")  # beside bfloat16, at the first density and at lengths where the cache matters
+_MODES = ("compiled", "graph", "eager")  # the first at all densities, the others at the first one
 _FEW_AND_MANY = (3, 19)  # tokens of an eager measurement
 _STEPS = 162  # of a graph, ten blocks between captures
 _CHECKED = 24  # tokens compared between the graph and transformers' loop
@@ -126,7 +127,8 @@ def _random(options: argparse.Namespace, copy_rate: float) -> Iterator[Row]:
             ids = torch.randint(1, model.config.vocab_size, (1, length), device=model.device)
             iso = budget if length == iso_length and density == DENSITIES[0] else None
             codings = (None, *_CODED) if density == DENSITIES[0] and length >= iso_length else (None,)
-            for row in (row for coding in codings for row in _spkv(model, name, ids, copy_rate, iso, coding)):
+            modes = _MODES if density == DENSITIES[0] else _MODES[:1]
+            for row in (row for coding in codings for row in _spkv(model, name, ids, copy_rate, iso, coding, modes)):
                 dense = reads.get(length) if row["phase"] == "prefill" else steps.get((row["batch"], length))
                 if row["iso_memory"]:
                     dense_rate = iso_batch / steps[iso_batch, length]
@@ -171,6 +173,7 @@ def _spkv(
     copy_rate: float,
     iso_budget: int | None = None,
     page_dtype: str | None = None,
+    modes: Sequence[str] = _MODES,
 ) -> Iterator[Row]:
     """Prefill of one sequence, and decode steps of as many copies of it as fit; one row fills `iso_budget` bytes."""
     length = ids.shape[1]
@@ -192,7 +195,7 @@ def _spkv(
         if batch == 1:
             _check(model, tokens, cache)
             tokens = torch.cat([tokens, tokens.new_ones(1, _CHECKED)], 1)
-        for mode in ("compiled", "graph", "eager"):
+        for mode in modes:
             if mode != "compiled" and (batch != 8 or length > 32_768 or page_dtype is not None):
                 continue
             step, tokens = (_eager_step if mode == "eager" else _graph_step)(model, tokens, cache, mode)

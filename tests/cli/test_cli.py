@@ -365,6 +365,7 @@ def test_adapt_hands_its_options_on(run_json, monkeypatch, tmp_path):
         "validation": [Path("d.txt")],
         "batch_size": None,
         "gradient_checkpointing": False,
+        "compile": False,
         "resume": True,
         "seed": 7,
     }
