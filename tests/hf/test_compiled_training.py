@@ -6,6 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import spkv
+from spkv.gates import SoftGate
 from spkv.hf import compiled
 
 
@@ -58,6 +59,7 @@ def test_gradients_are_as_good_as_those_of_the_eager_model(scatter_utilities):
     spkv.attach(model, spkv.SPKVConfig(window=16))
     scatter_utilities(model)
     model.train().cuda()
+    spkv.attachment(model).gate = SoftGate()
     ids = torch.randint(0, 512, (2, 256), device="cuda")
 
     def gradient(dtype):
