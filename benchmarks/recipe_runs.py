@@ -33,6 +33,7 @@ _UNUSED_BY_CONTROLS = (
     "soft_fraction",
     "anneal_steps",
     "anneal_form",
+    "gate_noise",
     "regulariser",
     "regulariser_form",
     "freeze_model",
@@ -123,7 +124,7 @@ def ablations(budget: int = 20, target: float = 0.2) -> list[Run]:
         "predictor_lr_multiplier": (1.0, 5.0, 10.0, 50.0),
         "predictor_width": (36, 144, 1152),
         "predictor_depth": (1, 3),
-        "regulariser_form": ("square", "log", "binary"),
+        "regulariser_form": ("square", "log", "concave", "binary"),
         "freeze_model": (True,),
         "window": (1, 16, 32, 64, 256, 512),
         "predictor_weight_decay": (0.0,),
@@ -131,9 +132,25 @@ def ablations(budget: int = 20, target: float = 0.2) -> list[Run]:
         "soft_fraction": (0.45, 0.55, 0.75, 0.85, 1.0),
         "anneal_steps": (0, 120, 240),
         "anneal_form": ("power",),
+        "gate_noise": (0.5, 1.0, 2.0),
         "sequence_length": (2048, 8192),
     }
     changes = [{name: value} for name, values in varied.items() for value in values]
+    base = _full(budget, target)
+    return [base, *(base.with_changes(change) for change in changes)]
+
+
+def hardening(budget: int = 20, target: float = 0.1) -> list[Run]:
+    """Ways to lose less as gates become hard, at a low density, where soft gates stay half open."""
+    changes: list[dict[str, Any]] = [
+        {"gate_noise": 1.0},
+        {"gate_noise": 2.0},
+        {"regulariser_form": "concave"},
+        {"anneal_form": "power", "anneal_steps": 120},
+        {"gate_noise": 1.0, "anneal_form": "power", "anneal_steps": 120},
+        {"gate_noise": 1.0, "regulariser_form": "concave"},
+        {"gate_noise": 1.0, "soft_fraction": 0.55},
+    ]
     base = _full(budget, target)
     return [base, *(base.with_changes(change) for change in changes)]
 
@@ -173,6 +190,7 @@ SUITES = {
     "targets": targets,
     "lora": lora,
     "ablations": ablations,
+    "hardening": hardening,
     "retrieval": retrieval,
     "scratch": scratch,
 }

@@ -17,6 +17,7 @@ from torch import Tensor
 from spkv.config import check_threshold
 
 _TINY = 1e-30
+_RAREST = 1e-6  # probability of the most extreme noise; its odds to a small power stay within float32
 
 
 class Gate(ABC):
@@ -52,6 +53,30 @@ class SoftGate(Gate):
 
     def log_gate(self, utility: Tensor, *, layer: int, position: Tensor) -> Tensor:
         return utility.clamp_min(_TINY).log()
+
+
+@dataclass(frozen=True)
+class NoisyGate(Gate):
+    """Training, first phase, with noise: the bias is log of sigmoid(logit u + amplitude * L), L drawn anew for every
+    pair from the logistic distribution (at amplitude 1: a relaxed coin that shows heads with probability u; Maddison
+    et al., arXiv 1611.00712).
+
+    Without noise a model learns to read pairs through half-open gates, by raising their scores, and misses them once
+    gates are hard. Here it cannot rely on them, and utilities move away from the middle.
+    """
+
+    amplitude: float
+    hard: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not self.amplitude >= 0.0:
+            raise ValueError(f"amplitude must be at least 0, not {self.amplitude!r}")
+
+    def log_gate(self, utility: Tensor, *, layer: int, position: Tensor) -> Tensor:
+        # By the odds u : 1 - u, since logits of utilities that round to 0 or 1 are infinite.
+        coin = torch.rand_like(utility).clamp_(_RAREST, 1.0 - _RAREST)
+        against = (1.0 - utility) * ((1.0 - coin) / coin).pow(self.amplitude)
+        return utility.clamp_min(_TINY).log() - (utility + against).clamp_min(_TINY).log()
 
 
 ANNEALING = ("linear", "power")

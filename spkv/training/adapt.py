@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Training tokens that a target density is met on in the end: a share of the run's, so that it costs little.
+_CALIBRATED, _MOST_CALIBRATED = 0.02, 262_144
+
 
 def adapt(
     model: str | os.PathLike[str],
@@ -78,7 +81,8 @@ def adapt(
 
     Returns:
         The summary, as in `summary.json`: recipe, steps, tokens, seconds, tokens_per_second, train_loss, versions,
-        device and seed; with `validation` also base_validation_loss (all gates open, before training),
+        device and seed; with a target density also calibration, the shift of `spkv.training.calibration` (but not
+        with FSDP); with `validation` also base_validation_loss (all gates open, before training),
         validation_loss, density and densities (layer -> head -> density).
 
     Raises:
@@ -92,6 +96,7 @@ def adapt(
 
     from spkv.checkpoint import PACKAGED_MODELS, load_base, resolve_model, stored_config
     from spkv.hf.attach import attach
+    from spkv.training.calibration import calibrate
     from spkv.training.checkpoints import last_checkpoint
     from spkv.training.data import PackedRows, TrainingRows, spread
     from spkv.training.parameters import (
@@ -177,6 +182,9 @@ def adapt(
     if held_out is not None and not trainer.is_fsdp_enabled:
         summary["base_validation_loss"] = trainer.evaluate_rows(held_out, open_gates=True).loss
     summary |= _train(trainer, checkpoint, compile)
+    if recipe.target_density is not None and not trainer.is_fsdp_enabled:
+        sample = spread(rows, min(_MOST_CALIBRATED, int(_CALIBRATED * summary["tokens"])))
+        summary["calibration"] = calibrate(prepared, sample, trainer.accelerator, recipe.target_density)
     if recipe.lora_rank is not None:
         # What is evaluated is what is stored.
         round_trained_parameters(prepared, ADAPTER_DTYPE)

@@ -5,6 +5,7 @@ Legend: L layers with a predictor, Hkv KV heads.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,11 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate_rows(
-    model: nn.Module, rows: Dataset[dict[str, Tensor]], accelerator: Any, open_gates: bool = False
+    model: nn.Module,
+    rows: Dataset[dict[str, Tensor]],
+    accelerator: Any,
+    open_gates: bool = False,
+    observe: Callable[[Tensor], None] | None = None,
 ) -> Evaluation:
     """Evaluate rows one at a time, spread over the processes; every process gets the result.
 
@@ -49,6 +54,8 @@ def evaluate_rows(
         rows: as `PackedRows` gives them.
         accelerator: accelerate's, for autocast and reduction.
         open_gates: evaluate the dense model instead.
+        observe: called for every layer and row of this process, with the utilities [n] of the pairs that leave the
+            window.
     """
     found = attachment(model)
     device, window, threshold = accelerator.device, found.config.window, found.config.threshold
@@ -73,7 +80,10 @@ def evaluate_rows(
             loss += torch.stack([(output.loss * items).nan_to_num(), items]).double()
             leaves = leaves_window(inputs["segment_ids"], window)[:, None]
             for row, layer in enumerate(found.layers):
-                kept[row] += ((record.utilities[layer] >= threshold) & leaves).sum((0, 2))
+                utility = record.utilities[layer]
+                kept[row] += ((utility >= threshold) & leaves).sum((0, 2))
+                if observe is not None:
+                    observe(utility[leaves.expand_as(utility)])
             left += leaves.sum()
     model.train(training)
     loss, kept, left = (accelerator.reduce(value, "sum") for value in (loss, kept, left))

@@ -47,6 +47,7 @@ class Recipe:
         soft_fraction: part of the steps with soft gates; after it the predictor is frozen.
         anneal_steps: steps from soft to hard gates, half of the remaining ones at most.
         anneal_form: how they get there, one of `spkv.gates.ANNEALING`.
+        gate_noise: amplitude that the noise on soft gates rises to; see `spkv.gates.NoisyGate`.
         regulariser: lambda of the added loss `lambda * mean(u)` over the pairs that leave the window.
         regulariser_form: what takes the place of u in it, a name in `regularisers.FORMS`.
         target_density: where the density should end; lambda is then controlled, starting from `regulariser`, or
@@ -80,6 +81,7 @@ class Recipe:
     soft_fraction: float = 0.75
     anneal_steps: int = 500
     anneal_form: str = "linear"
+    gate_noise: float = 0.0
     regulariser: float = 0.0
     regulariser_form: str = "linear"
     target_density: float | None = None
@@ -114,6 +116,7 @@ class Recipe:
             "weight_decay",
             "predictor_weight_decay",
             "anneal_steps",
+            "gate_noise",
             "regulariser",
         ):
             _check(name, getattr(self, name), "at least 0", lambda value: value >= 0)
@@ -168,6 +171,7 @@ class Recipe:
             floor=self.floor,
             threshold=self.threshold,
             anneal_form=self.anneal_form,
+            gate_noise=self.gate_noise,
         )
 
     def replace(self, **changes: Any) -> Recipe:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from spkv.config import check_threshold
-from spkv.gates import ANNEALING, AnnealedGate, Gate, SoftGate, ThresholdGate
+from spkv.gates import ANNEALING, AnnealedGate, Gate, NoisyGate, SoftGate, ThresholdGate
 
 Phase = Literal["soft", "anneal", "hard"]
 
@@ -30,6 +30,7 @@ class Schedule:
         floor: the learning rate that the cosine ends at, as a fraction of its peak.
         threshold: where gates are cut once they are hard.
         anneal_form: how they get there, one of `spkv.gates.ANNEALING`.
+        gate_noise: amplitude of the noise on soft gates (see `NoisyGate`) at their end; it rises from 0 evenly.
     """
 
     steps: int
@@ -39,6 +40,7 @@ class Schedule:
     floor: float
     threshold: float
     anneal_form: str = "linear"
+    gate_noise: float = 0.0
 
     def __post_init__(self) -> None:
         check_threshold(self.threshold)
@@ -66,6 +68,7 @@ class Schedule:
         floor: float,
         threshold: float,
         anneal_form: str = "linear",
+        gate_noise: float = 0.0,
     ) -> Schedule:
         """Make a schedule from fractions of `steps`.
 
@@ -81,6 +84,7 @@ class Schedule:
             floor,
             threshold,
             anneal_form,
+            gate_noise,
         )
 
     def phase(self, step: int) -> Phase:
@@ -99,7 +103,7 @@ class Schedule:
         """Return the gate in force at `step`."""
         phase = self.phase(step)
         if phase == "soft":
-            return SoftGate()
+            return NoisyGate(self.gate_noise * step / self.soft_steps) if self.gate_noise else SoftGate()
         if phase == "anneal":
             return AnnealedGate(self.threshold, self.alpha(step), self.anneal_form)
         return ThresholdGate(self.threshold)

@@ -172,7 +172,7 @@ def run_until(run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatc
 def test_a_resumed_run_is_exact(run, run_until, recipe_of, tmp_path, monkeypatch, name, at) -> None:
     # Three looks in nine soft steps, so that the checkpoint at step 5 lies between two of them.
     monkeypatch.setattr(DensityController, "UPDATES", 3)
-    recipe = recipe_of(name, steps=15, soft_fraction=0.6, target_density=0.4)
+    recipe = recipe_of(name, steps=15, soft_fraction=0.6, target_density=0.4, gate_noise=0.5)
     options = dict(save_every=5, batch_size=2)
     run(recipe, "through", **options)
     run_until(at, recipe, "broken", **options)

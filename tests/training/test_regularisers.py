@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -23,3 +25,4 @@ def test_their_gradients_in_logits() -> None:
     assert torch.allclose(gradients["square"], 2 * u * u * (1 - u))
     assert torch.allclose(gradients["log"], u)
     assert torch.allclose(gradients["binary"], 2 * u * (1 - u) ** 2)
+    assert torch.allclose(gradients["concave"], u * (1 - u) / (u + 0.02) / math.log(51))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spkv.gates import AnnealedGate, SoftGate, ThresholdGate
+from spkv.gates import AnnealedGate, NoisyGate, SoftGate, ThresholdGate
 from spkv.training.schedule import DensityController, Schedule
 
 
@@ -25,6 +25,12 @@ def test_gates_go_from_soft_over_annealed_to_hard() -> None:
     assert schedule.gate(6499) == AnnealedGate(0.6, 499 / 500)
     assert schedule.gate(6500) == schedule.gate(7999) == ThresholdGate(0.6)
     assert [schedule.phase(s) for s in (5999, 6000, 6499, 6500)] == ["soft", "anneal", "anneal", "hard"]
+
+
+def test_noise_rises_while_gates_are_soft() -> None:
+    schedule = Schedule(100, 60, 10, 0, 0.1, 0.5, gate_noise=1.5)
+    assert [schedule.gate(s) for s in (0, 30, 59)] == [NoisyGate(0.0), NoisyGate(0.75), NoisyGate(1.5 * 59 / 60)]
+    assert [type(schedule.gate(s)) for s in (60, 70)] == [AnnealedGate, ThresholdGate]
 
 
 def test_short_runs_still_train_with_hard_gates() -> None:
