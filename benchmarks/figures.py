@@ -124,8 +124,8 @@ def generation_figure(result: dict[str, Any]) -> Figure:
     times, rates = figure.subplots(1, 2)
 
     def label(row: dict[str, Any]) -> str:
-        coded = "" if row["page_dtype"] == "bfloat16" else f",\n{row['page_dtype']}"
-        return "dense" if row["implementation"] == "dense" else f"density {row['density']:.2f}{coded}"
+        coded = "" if row["page_dtype"] == "bfloat16" else f"\n{row['page_dtype']}"
+        return "dense" if row["implementation"] == "dense" else f"{row['density']:.2f}{coded}"
 
     steps = [r for r in rows if r["batch"] == 8]
     limits = [r["milliseconds_per_step"] * r["percent_of_limit"] / 100 for r in steps]
@@ -140,6 +140,7 @@ def generation_figure(result: dict[str, Any]) -> Figure:
     rates.set(ylabel="tokens / s", title="As many sequences as fit (their number)")
     for axes in (times, rates):
         axes.tick_params(axis="x", labelsize="x-small")
+        axes.set_xlabel("density, and how pairs are coded", fontsize="x-small")
     return figure
 
 

@@ -218,7 +218,7 @@ def fast() -> Recipe:
     """Minutes instead of days: what worked in our trials, where the published schedule does not move yet.
 
     Gates start lower (bias 2), the predictor learns 25 times as fast as the model, and a small regulariser pushes;
-    hard gates for 35 % of the steps. In trials this reached density 0.28 at +0.15 % loss on 20M tokens.
+    hard gates for 35 % of the steps. With a target of 0.2, SmolLM2-135M keeps 0.19 at +0.12 % loss after 50M tokens.
     """
     return dataclasses.replace(
         paper(),
