@@ -109,6 +109,16 @@ class PackedCache:
         """The pages of rings, and of kept pairs that are not coded."""
         return self.pools[None]
 
+    def expect(self, layer: int, keep: Tensor, valid: Tensor | None = None) -> None:
+        """Say ahead what `attend` will be given for all sequences, so that it need not wait for the device.
+
+        It asks the device how many pages a chunk takes. Said before the layer's projections, the answer is there by
+        the time that pages are needed, and the device has work meanwhile. Optional; another `keep` tensor than that
+        of `attend` makes it wait as ever.
+        """
+        if keep.shape[2] > 1 and keep.shape[0] == self.sequences and keep.device == self.table.device:
+            self._reservation.expect(layer, range(self.sequences), keep, valid)
+
     def attend(
         self,
         layer: int,

@@ -1,7 +1,8 @@
 """Seeing to it that `write` finds pages and columns, which are handed out on the device.
 
 Bounds that the host knows suffice mostly: the pages that so many tokens can take at most. It waits for the device
-only when they do not: in steady decoding once in P steps, for all layers together.
+only when they do not: in steady decoding once in P steps, for all layers together; for a chunk of a prompt in each
+layer, where it asks ahead, so that the answer is there by the time it is needed.
 
 Legend: B sequences, Hkv KV heads, P pairs in a page, w window.
 """
@@ -27,6 +28,26 @@ if TYPE_CHECKING:
 _Needs = Iterable[tuple[int, int, int]]
 
 
+class _Question:
+    """Integers [n] that the device was asked for, on their way to the host."""
+
+    def __init__(self, about: tuple[int, range, Tensor], numbers: Tensor):
+        self._about = about
+        self._numbers, self._there = numbers, None
+        if numbers.is_cuda:
+            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._there = torch.cuda.current_stream(numbers.device).record_event()
+
+    def is_about(self, layer: int, rows: range, keep: Tensor) -> bool:
+        return self._about[:2] == (layer, rows) and self._about[2] is keep
+
+    def answer(self) -> list[int]:
+        if self._there is not None:
+            self._there.synchronize()
+        return self._numbers.tolist()  # type: ignore[no-any-return]
+
+
 class Reservation:
     """What was set aside for the passes to come, and what the host knows of lengths meanwhile.
 
@@ -41,13 +62,22 @@ class Reservation:
         # cycles, and it does not know how much memory they are.
         self.cache: PackedCache = weakref.proxy(cache)
         self.seen_least, self.kept_most, self.credit = ([0] * cache.layers for _ in range(3))
+        self._question: _Question | None = None
+
+    def expect(self, layer: int, rows: range, keep: Tensor, valid: Tensor | None) -> None:
+        """Ask ahead what `for_write` of the same chunk, the next of this layer, will have to know."""
+        self._question = self._ask_for([layer], rows, keep, valid)
 
     def for_write(self, layer: int, rows: range, keep: Tensor, valid: Tensor | None) -> None:
         """Provide for a pass of one layer over a range of sequences: keep [B, Hkv, T], valid [B, T] or None."""
         tokens, page_size = keep.shape[2], self.cache.page_size
 
+        asked, self._question = self._question, None
+
         def exact() -> tuple[_Needs, int]:
-            return self._count([layer], rows, keep, valid)
+            if asked is not None and asked.is_about(layer, rows, keep):
+                return self._needs([layer], asked)
+            return self._needs([layer], self._ask_for([layer], rows, keep, valid))
 
         if tokens > 1:
             self.cancel()  # it was counted from another fill of the last pages
@@ -78,7 +108,8 @@ class Reservation:
         except PoolFullError:
             ahead = 1
             keep = torch.zeros(cache.sequences, cache.kv_heads, 1, dtype=torch.bool, device=cache.table.device)
-            self._provide(layers, cache.sequences, 1, lambda: self._count(layers, range(cache.sequences), keep, None))
+            question = self._ask_for(layers, range(cache.sequences), keep, None)
+            self._provide(layers, cache.sequences, 1, lambda: self._needs(layers, question))
         self.credit = [ahead] * cache.layers
         return min(tokens, ahead)
 
@@ -112,11 +143,18 @@ class Reservation:
         finally:
             self.seen_least, self.kept_most, self.credit = before
 
-    def ask(self, also: Tensor | None = None) -> list[int]:
-        """Read lengths and free pages from the device; returns the integers `also` [n], read in the same transfer."""
+    def ask(self) -> None:
+        """Read lengths and free pages from the device."""
+        self._learn(self._state().tolist())
+
+    def _state(self) -> Tensor:
+        """What `_learn` reads, [pools + 2 * layers]: free pages and lengths."""
+        cache = self.cache
+        return torch.cat([*(pool.taken for pool in cache.pools.values()), cache.seen.amin(1), cache.kept.amax(1)])
+
+    def _learn(self, numbers: list[int]) -> list[int]:
+        """Take `_state` over; returns what follows it."""
         cache, pools = self.cache, list(self.cache.pools.values())
-        parts = [*(pool.taken for pool in pools), cache.seen.amin(1), cache.kept.amax(1)]
-        numbers = torch.cat(parts if also is None else [*parts, also]).tolist()
         taken, lengths, others = numbers[: len(pools)], numbers[len(pools) :], numbers[len(pools) + 2 * cache.layers :]
         self.seen_least, self.kept_most = lengths[: cache.layers], lengths[cache.layers : 2 * cache.layers]
         # Pages set aside and not yet taken are none to set aside again.
@@ -167,20 +205,24 @@ class Reservation:
     def _columns(self, kept: int) -> int:
         return self.cache.ring_pages - (-kept // self.cache.page_size)
 
-    def _count(self, layers: Sequence[int], rows: range, keep: Tensor, valid: Tensor | None) -> tuple[_Needs, int]:
-        """Pages that writing these tokens to each of the layers takes, and pairs of the then longest chain.
+    def _needs(self, layers: Sequence[int], question: _Question) -> tuple[_Needs, int]:
+        """Pages that writing takes in each of the layers, and pairs of the then longest chain."""
+        *counts, longest = self._learn(question.answer())
+        L = len(layers)
+        return list(zip(layers, counts[:L], counts[L:], strict=True)), longest
 
-        Waits for the device.
-        """
+    def _ask_for(self, layers: Sequence[int], rows: range, keep: Tensor, valid: Tensor | None) -> _Question:
+        """Ask for `_state`, and what writing these tokens to each of the layers takes. Does not wait."""
         cache, P, L, layers = self.cache, self.cache.page_size, len(layers), list(layers)
         chains = slice(rows.start * cache.kv_heads, rows.stop * cache.kv_heads)
         # Layers side by side, as if their sequences were as many more.
         seen = cache.seen[layers, rows.start : rows.stop].flatten()
         kept = cache.kept[layers, chains].flatten()
+        about = layers[0], rows, keep
         keep, valid = keep.repeat(L, 1, 1), None if valid is None else valid.repeat(L, 1)
         arriving = torch.full_like(seen, keep.shape[2]) if valid is None else valid.sum(1).to(seen)
         ring_have, ring_need = (-(-n.clamp_max(cache.window) // P) for n in (seen, seen + arriving))
         then = kept + count_leaving(seen, cache.ring_keep[layers, chains].flatten(0, 1), keep, valid)
         ring, new = (ring_need - ring_have) * cache.kv_heads, -(-then // P) + (-kept // P)
-        *counts, longest = self.ask(torch.cat([*(n.view(L, -1).sum(1) for n in (ring, new)), then.max()[None]]))
-        return list(zip(layers, counts[:L], counts[L:], strict=True)), longest
+        pages = [n.view(L, -1).sum(1) for n in (ring, new)]
+        return _Question(about, torch.cat([self._state(), *pages, then.max()[None]]))

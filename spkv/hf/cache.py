@@ -112,6 +112,10 @@ class SPKVCache(Cache):
         stock: list[Any] = DynamicCache(config=self._config).layers
         return [SPKVLayer() if i in self.global_layers else layer for i, layer in enumerate(stock)]
 
+    def expect(self, layer: int, keep: Tensor, valid: Tensor | None) -> None:
+        """`PackedCache.expect`, with the model's layer index."""
+        self.packed.expect(self._slot[layer], keep, valid)
+
     def attend(self, layer: int, *args: Any, **kwargs: Any) -> Tensor:
         """`PackedCache.attend`, with the model's layer index."""
         own: Any = self.layers[layer]

@@ -208,6 +208,7 @@ def attention_pre_hook(found: Attachment, module: Any, args: tuple[Any, ...], kw
         # Here and not where it is needed: in a captured graph this runs beside the projections.
         assert isinstance(context.gate, HardGate)  # or there would be no cache
         keep = context.gate.keep(utility, layer=module.layer_idx, position=context.position)
+        context.cache.expect(module.layer_idx, keep, context.valid)
     return args, {**kwargs, _KEYWORD: dataclasses.replace(context, utility=utility, keep=keep)}
 
 

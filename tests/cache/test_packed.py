@@ -79,7 +79,7 @@ def pages_held(cache):
     return ids.numel()
 
 
-def run(cache, text, schedule, *, poisoned=True, **options):
+def run(cache, text, schedule, *, poisoned=True, ahead=False, **options):
     """Feed sequences by a schedule of [tokens of each sequence per step]; returns outputs [layers][B][H, T, D]."""
     layers, B = text.key.shape[:2]
     outputs = [[[] for _ in range(B)] for _ in range(layers)]
@@ -96,6 +96,8 @@ def run(cache, text, schedule, *, poisoned=True, **options):
                 tensors = text.chunk(layer, b, slice(done[b], done[b] + n))
                 chunks.append([torch.cat([t.new_zeros(t.shape[0], width - n, *t.shape[2:]), t], 1) for t in tensors])
             query, key, value, keep = (torch.stack(parts) for parts in zip(*chunks, strict=True))
+            if ahead and cache.sequences:
+                cache.expect(layer, keep, padding)
             out = cache.attend(layer, query, key, value, keep, padding, scale=0.5, **options)
             for b, n in enumerate(counts):
                 outputs[layer][b].append(out[b, :, width - n :])
@@ -143,6 +145,63 @@ def test_any_schedule_gives_what_the_oracle_gives(data, implementation):
             kept = text.keep[layer, b, :, : max(0, total - window)].sum(-1)
             assert cache.kept_pairs()[layer, b].tolist() == kept.tolist()
     assert cache.pages_in_use() == pages_held(cache)
+
+
+@settings(max_examples=20)
+@given(data=st.data(), page_dtype=st.sampled_from([None, (None, "int8")]))
+def test_asking_ahead_changes_nothing(data, page_dtype):
+    torch.manual_seed(data.draw(st.integers(0, 2**16)))
+    B = data.draw(st.integers(1, 3))
+    schedule = data.draw(schedules(B))
+    text = Text(2, B, 2, 1, max(sum(counts) for counts in zip(*schedule, strict=True)), 0.4)
+    caches = [PackedCache(2, 2, window=5, page_size=4, page_dtype=page_dtype) for _ in range(2)]
+    first, second = (
+        run(c, text, schedule, poisoned=False, ahead=a) for c, a in zip(caches, (True, False), strict=True)
+    )
+    assert all(torch.equal(a, b) for layers in zip(first, second, strict=True) for a, b in zip(*layers, strict=True))
+    assert caches[0].nbytes == caches[1].nbytes
+    assert caches[0].pages_in_use() == caches[1].pages_in_use()
+
+
+@pytest.mark.parametrize("other", ["keep", "layer", "later"])
+def test_an_answer_to_another_question_is_not_used(other):
+    text = Text(2, 1, 2, 1, 60, 0.5)
+    cache = PackedCache(2, 2, window=4, page_size=4)
+
+    def attend(layer, start, stop):
+        query, key, value, keep = (t[None] for t in text.chunk(layer, 0, slice(start, stop)))
+        return cache.attend(layer, query, key, value, keep, scale=0.5)
+
+    attend(0, 0, 20)
+    attend(1, 0, 20)
+    cache.expect(1 if other == "layer" else 0, torch.zeros(1, 2, 20, dtype=torch.bool))
+    if other == "later":
+        attend(0, 20, 30)
+        attend(0, 30, 60)
+    else:
+        attend(0, 20, 60)
+    torch.testing.assert_close(cache.kept[0], text.keep[0, 0, :, :56].sum(1).int())
+    assert cache.pool.free_count() >= 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page_dtype", [None, "int8"])
+def test_asked_ahead_a_chunk_does_not_wait_for_the_device(page_dtype):
+    text = Text(1, 2, 2, 1, 3000, 0.5, torch.bfloat16, "cuda", 64)
+    cache = PackedCache(1, 2, window=16, page_dtype=page_dtype)
+    with torch.no_grad():
+        for start in range(0, 3000, 1000):
+            query, key, value, keep = (
+                t[0, :, :, start : start + 1000] for t in (text.query, text.key, text.value, text.keep)
+            )
+            if start:
+                cache.expect(0, keep)
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                cache.attend(0, query, key, value, keep, scale=0.125)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(cache.kept[0].view(2, 2), text.keep[0, :, :, : 3000 - 16].sum(-1).int())
 
 
 @settings(max_examples=15)

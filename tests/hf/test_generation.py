@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 import spkv
+from spkv.cache.reservation import Reservation
 from spkv.hf.generation import cache_size, check_length, decode, encode_prompt, generate, read, tokens_per_second
 
 TOKENS = 70
@@ -142,3 +143,23 @@ def test_decoding_on_a_gpu_gives_the_tokens_of_transformers(attached, ids):
         assert new_ids == expected
         assert seconds > 0
         assert calls == sorted(calls)
+
+
+def test_each_layer_asks_the_device_once_for_a_chunk_and_ahead(tiny_llama, scatter_utilities, monkeypatch):
+    spkv.attach(tiny_llama, spkv.SPKVConfig(window=5))
+    scatter_utilities(tiny_llama)
+    asked, ask = [], Reservation._ask_for
+
+    def counted(self, layers, *arguments):
+        asked.append(layers)
+        return ask(self, layers, *arguments)
+
+    monkeypatch.setattr(Reservation, "_ask_for", counted)
+    cache = spkv.attachment(tiny_llama).new_cache()
+    mask = torch.ones(2, 60, dtype=torch.long)
+    mask[0, :7] = 0
+    with torch.no_grad():
+        for start, stop in ((0, 20), (20, 60)):
+            ids = torch.randint(1, 97, (2, stop - start))
+            tiny_llama(ids, attention_mask=mask[:, :stop], past_key_values=cache)
+    assert asked == [[0], [1], [0], [1]]
