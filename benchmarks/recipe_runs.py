@@ -148,6 +148,7 @@ def hardening(budget: int = 20, target: float = 0.1) -> list[Run]:
         {"regulariser_form": "concave"},
         {"anneal_form": "power", "anneal_steps": 120},
         {"gate_noise": 1.0, "anneal_form": "power", "anneal_steps": 120},
+        {"gate_noise": 1.0, "anneal_steps": 0},
         {"gate_noise": 1.0, "regulariser_form": "concave"},
         {"gate_noise": 1.0, "soft_fraction": 0.55},
     ]

@@ -98,7 +98,7 @@ class Suite:
         rows = self._rows(run)
         identity = self._identity(run, rows)
         self.results.check_recipe(identity, run.recipe)
-        policies = _policies(run, self.options.thresholds)
+        policies = _policies(run, self.options.thresholds, self.options.baselines)
         missing = [policy for policy in policies if self.results.find(identity, *policy) is None]
         if not missing:
             return
@@ -115,6 +115,7 @@ class Suite:
             "train_loss": summary["train_loss"],
             "seconds": _seconds(summary),
             "tokens_per_second": summary["tokens_per_second"],
+            "compiled": summary["compiled"],
         }
         control = {**identity, "run": control_of(run).name}
         model = self._load(run)
@@ -231,11 +232,11 @@ def _seconds(summary: dict[str, Any]) -> float | None:
     return round(summary["tokens"] / rate, 1) if rate else None
 
 
-def _policies(run: Run, thresholds: Sequence[float]) -> list[tuple[str, float | None]]:
+def _policies(run: Run, thresholds: Sequence[float], baselines: bool) -> list[tuple[str, float | None]]:
     if not run.recipe.gates:
         return [("dense", None), ("base", None)]
     others: list[tuple[str, float | None]] = [(policy, None) for policy in ("streaming", "random", "open")]
-    return [*(("spkv", threshold) for threshold in thresholds), *others]
+    return [*(("spkv", threshold) for threshold in thresholds), *(others if baselines else [])]
 
 
 def line(row: dict[str, Any]) -> str:
@@ -302,6 +303,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--validation-tokens", type=int, default=1_000_000, help="to use at most, spread evenly")
     parser.add_argument("--evaluation-length", type=int, help="tokens of a held-out row; default: the recipe's")
     parser.add_argument("--thresholds", type=float, nargs="+", default=list(THRESHOLDS))
+    parser.add_argument("--no-baselines", dest="baselines", action="store_false", help="measure self-pruning only")
     parser.add_argument("--batch-size", type=int, default=4, help="rows evaluated at once")
     parser.add_argument("--training-batch-size", type=int, help="rows trained on at once; default: what should fit")
     parser.add_argument("--compile", action="store_true", help="train with the small operations compiled")

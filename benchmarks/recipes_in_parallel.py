@@ -50,7 +50,10 @@ class Fleet:
     def work(self, gpu: int) -> None:
         """Run one job after another on a GPU, until there is none left or the time is up."""
         while (job := self._next()) is not None:
-            state = self._run(job, gpu)
+            try:
+                state = self._run(job, gpu)
+            except OSError as error:
+                state = f"failed: {error}"
             with self.changed:
                 job.state = state
                 print(f"GPU {gpu}: {job.run.name}: {state}", file=sys.stderr, flush=True)
@@ -89,20 +92,22 @@ class Fleet:
             if (state := self._recipes(job.run, gpu, ["--train-only"])) != "done":
                 return state
             with self.changed:
-                self.changed.wait_for(lambda: control.state != "running")
+                self.changed.wait_for(lambda: control.state != "running", timeout=self._left())
             if control.state != "done":
                 return "unfinished"
         return self._recipes(job.run, gpu, [] if control is job else ["--merge", str(self._file(control))])
 
     def _recipes(self, run: Run, gpu: int, options: list[str]) -> str:
         own = self._file(self.jobs[run.name])
-        left = max(1.0, self.deadline - time.monotonic())
         command = [sys.executable, "-m", "benchmarks.recipes", "--runs", run.name, "--alone", "--json", str(own)]
-        command += [*self.arguments, *options, "--time-limit", f"{left:.0f}"]
+        command += [*self.arguments, *options, "--time-limit", f"{self._left():.0f}"]
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
         with own.with_suffix(".log").open("a") as log:
             code = subprocess.run(command, env=environment, stdout=log, stderr=log).returncode
         return {0: "done", UNFINISHED: "unfinished"}.get(code, f"failed with exit code {code}, see {own.stem}.log")
+
+    def _left(self) -> float:
+        return max(1.0, self.deadline - time.monotonic())
 
     def _file(self, job: Job) -> Path:
         return self.json_file.with_name(f"{self.json_file.stem}-{job.run.name.replace('/', '_')}.json")

@@ -17,7 +17,9 @@ from torch import Tensor
 from spkv.config import check_threshold
 
 _TINY = 1e-30
-_RAREST = 1e-6  # probability of the most extreme noise; its odds to a small power stay within float32
+# Probability of the most extreme noise, and largest amplitude: the one's odds to the power of the other stay within
+# float32.
+_RAREST, _LOUDEST = 1e-6, 6.0
 
 
 class Gate(ABC):
@@ -69,8 +71,8 @@ class NoisyGate(Gate):
     hard: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not self.amplitude >= 0.0:
-            raise ValueError(f"amplitude must be at least 0, not {self.amplitude!r}")
+        if not 0.0 <= self.amplitude <= _LOUDEST:
+            raise ValueError(f"the amplitude of noise must lie in [0, {_LOUDEST:g}], not {self.amplitude!r}")
 
     def log_gate(self, utility: Tensor, *, layer: int, position: Tensor) -> Tensor:
         # By the odds u : 1 - u, since logits of utilities that round to 0 or 1 are infinite.

@@ -1,9 +1,9 @@
 """The small operations of a stock model, fused by torch.compile.
 
 A layer is some forty kernels: in a decode step most of them are a few elements wide, in training most of them move
-activations through memory and compute next to nothing. Compiling norms, rotary embedding, activations and predictors
-one by one, not the model as a whole, takes seconds instead of minutes, since all layers share the same few functions,
-and it leaves attention, cache and hooks as they are.
+activations through memory and compute next to nothing. Compiling norms, rotary embedding and predictors (in training
+MLPs and the loss, too) one by one, not the model as a whole, takes seconds instead of minutes, since all layers share
+the same few functions, and it leaves attention, cache and hooks as they are.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch._dynamo
 import torch._inductor.config as inductor
 from torch import nn
 from transformers import PreTrainedModel
@@ -23,10 +24,13 @@ from spkv.hf.families import find_decoder
 from spkv.predictor import UtilityPredictor
 
 _ROTARY = "apply_rotary_pos_emb"
+# A function is compiled anew for every shape of layer, and for training and evaluation; dynamo's usual 8 are soon used
+# up by several models in one process, and then it gives up.
+_VARIANTS = 64
 
 
 @functools.cache
-def _compile(function: Callable[..., Any], reproducible: bool = False) -> Callable[..., Any]:
+def _compile(function: Callable[..., Any], reproducible: bool) -> Callable[..., Any]:
     # Round where the model rounds, so that compiled and eager steps choose the same tokens.
     options: dict[str, Any] = {"emulate_precision_casts": True}
     if reproducible and hasattr(inductor, "deterministic"):
@@ -43,26 +47,32 @@ def compiled_parts(model: PreTrainedModel, training: bool = False) -> Iterator[N
     side by side, which saves more than a fused activation.) Nothing else may use a model of the same family meanwhile:
     rotary embedding is a function of its module.
     """
-    parts = [module for module in model.modules() if _is_part(module) or (training and _is_plain_mlp(module))]
-    loss: Any = getattr(model, "loss_function", None) if training else None
     sources = {sys.modules[type(attention).__module__] for attention in find_decoder(model).attentions}
-    rotary = [(source, getattr(source, _ROTARY)) for source in sources if hasattr(source, _ROTARY)]
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.enter_context(torch._dynamo.config.patch(recompile_limit=_VARIANTS))  # type: ignore[no-untyped-call]
         module: Any
-        for module in parts:
-            module.forward = functools.partial(_compile(type(module).forward, training), module)
-        for source, function in rotary:
-            setattr(source, _ROTARY, _compile(function, training))
-        if loss is not None:
-            model.loss_function = _compile(loss, training)
+        for module in model.modules():
+            if _is_part(module) or (training and _is_plain_mlp(module)):
+                module.forward = functools.partial(_compile(type(module).forward, training), module)
+                undo.callback(vars(module).pop, "forward")
+        for source in sources:
+            if (function := getattr(source, _ROTARY, None)) is not None:
+                setattr(source, _ROTARY, _compile(function, training))
+                undo.callback(setattr, source, _ROTARY, function)
+        if training and hasattr(model, "loss_function"):
+            # A property of the class, which keeps what it is set to under another name.
+            before = vars(model).copy()
+            model.loss_function = _compile(model.loss_function, training)
+            for name, value in vars(model).items():
+                if value is not before.get(name):
+                    undo.callback(_put_back, model, name, before)
         yield
-    finally:
-        for module in parts:
-            module.__dict__.pop("forward", None)
-        for source, function in rotary:
-            setattr(source, _ROTARY, function)
-        if loss is not None:
-            model.loss_function = loss
+
+
+def _put_back(model: nn.Module, name: str, before: dict[str, Any]) -> None:
+    del vars(model)[name]
+    if name in before:
+        vars(model)[name] = before[name]
 
 
 def _is_part(module: nn.Module) -> bool:

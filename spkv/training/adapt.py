@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import logging
 import os
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Training tokens that a target density is met on in the end: a share of the run's, so that it costs little.
-_CALIBRATED, _MOST_CALIBRATED = 0.02, 262_144
+_CALIBRATED, _LEAST_CALIBRATED, _MOST_CALIBRATED = 0.02, 16_384, 262_144
 
 
 def adapt(
@@ -70,7 +71,8 @@ def adapt(
             fit into GPU memory, and 1 on a CPU.
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
         compile: fuse small operations and the loss with torch.compile, which takes some half a minute at the start
-            and makes steps shorter; see `spkv.hf.compiled`. Not with FSDP.
+            and makes steps shorter; see `spkv.hf.compiled`. MLPs are fused where they are plain, which LoRA's are
+            not. Not with FSDP. A run that is resumed wants the same again.
         save_every: steps between checkpoints; None makes ten in a run.
         log_every: steps between log entries.
         keep_checkpoints: keep them when the run is finished.
@@ -81,8 +83,8 @@ def adapt(
 
     Returns:
         The summary, as in `summary.json`: recipe, steps, tokens, seconds, tokens_per_second, train_loss, versions,
-        device and seed; with a target density also calibration, the shift of `spkv.training.calibration` (but not
-        with FSDP); with `validation` also base_validation_loss (all gates open, before training),
+        device and seed; with a target density also calibration, as `spkv.training.calibration` says (but not with
+        FSDP); with `validation` also base_validation_loss (all gates open, before training),
         validation_loss, density and densities (layer -> head -> density).
 
     Raises:
@@ -169,6 +171,8 @@ def adapt(
     if wanted > len(rows):
         logger.warning("the run takes %d rows and the data hold %d: they are seen again", wanted, len(rows))
     trainer = AdaptationTrainer(prepared, args, recipe, TrainingRows(rows, wanted, seed), tokenizer=tokenizer)
+    # Noise on gates differs between the processes' rows; a resumed run gets its state of each process back.
+    torch.manual_seed(seed + processes.process_index)
     for callback in callbacks:
         trainer.add_callback(callback)
 
@@ -182,12 +186,15 @@ def adapt(
     if held_out is not None and not trainer.is_fsdp_enabled:
         summary["base_validation_loss"] = trainer.evaluate_rows(held_out, open_gates=True).loss
     summary |= _train(trainer, checkpoint, compile)
-    if recipe.target_density is not None and not trainer.is_fsdp_enabled:
-        sample = spread(rows, min(_MOST_CALIBRATED, int(_CALIBRATED * summary["tokens"])))
-        summary["calibration"] = calibrate(prepared, sample, trainer.accelerator, recipe.target_density)
     if recipe.lora_rank is not None:
         # What is evaluated is what is stored.
         round_trained_parameters(prepared, ADAPTER_DTYPE)
+    if recipe.target_density is not None and not trainer.is_fsdp_enabled:
+        sample = spread(rows, max(_LEAST_CALIBRATED, min(_MOST_CALIBRATED, int(_CALIBRATED * summary["tokens"]))))
+        done = calibrate(prepared, sample, trainer.accelerator, recipe.target_density)
+        summary["calibration"] = dataclasses.asdict(done)
+        if recipe.lora_rank is not None:
+            round_trained_parameters(prepared, ADAPTER_DTYPE)
     if held_out is not None:
         result = trainer.evaluate_rows(held_out)
         summary |= {"validation_loss": result.loss, "validation_tokens": result.tokens}
@@ -198,6 +205,7 @@ def adapt(
         "model": os.fspath(model) if os.fspath(model) in PACKAGED_MODELS else Path(model).name,
         "data": [Path(path).name for path in data],
         "batch_size": batch_size,
+        "compiled": compile,
         "seed": seed,
     }
     summary |= circumstances(trainer)

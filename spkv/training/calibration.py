@@ -1,8 +1,8 @@
 """The last step of a run with a target density: one shift of all predictors' biases that meets it.
 
 The controller of the regulariser steers density while gates are soft, and it moves on as they become hard. What is
-left is a small miss, by which this moves the cut through the utilities: a threshold other than 0.5, folded into the
-biases so that it stays 0.5.
+left is a small miss, by which this moves the cut through the utilities: a threshold other than the configured one,
+folded into the biases so that the threshold stays. A large miss is a run that did not work, and is left to be seen.
 
 Legend: z = logit of a utility.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,46 +27,71 @@ logger = logging.getLogger(__name__)
 # A histogram of z. float32 utilities end at z = 16.6 above; below -20 no pair is kept by any threshold in use.
 _LARGEST, _BINS_OF_ONE = 20.0, 200
 _PASSES = 4  # each shift changes what the layers above see
-_CLOSE = 0.01  # of the target
+_CLOSE = 1.01  # times the target, or that much below it
+_SMALL_MISS = 1.25
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `calibrate` did.
+
+    Attributes:
+        shift: added to the predictors' biases, in logits.
+        density_before: on the rows it was done on.
+        density: after it.
+    """
+
+    shift: float
+    density_before: float
+    density: float
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, rows: Dataset[dict[str, Tensor]], accelerator: Any, target: float) -> float:
+def calibrate(model: nn.Module, rows: Dataset[dict[str, Tensor]], accelerator: Any, target: float) -> Calibration:
     """Shift the biases of all predictors, in place, so that hard gates keep the share `target` of `rows`.
+
+    A density further than a factor of 1.25 from the target is left as it is, with a warning.
 
     Args:
         model: an attached model, on the accelerator's device; not sharded.
         rows: of the training data, as `PackedRows` gives them; they should hold 10 k tokens at least.
-        accelerator: accelerate's; every process gets the same shift.
+        accelerator: accelerate's; every process does the same.
         target: density, in (0, 1).
-
-    Returns:
-        The shift, in logits.
     """
     found = attachment(model)
     threshold = found.config.threshold
     cut = math.log(threshold / (1.0 - threshold))
-    shift, misses = 0.0, dict[float, float]()
+    densities: dict[float, float] = {}  # by shift
+    shift = 0.0
 
     def move(to: float) -> None:
-        nonlocal shift
         for predictor in found.predictors.values():
             predictor.down.bias.add_(to - shift)
-        shift = to
 
-    for _ in range(_PASSES):
+    def miss(shift: float) -> float:
+        return abs(math.log(max(densities[shift], 1e-9) / target))
+
+    for last in (False,) * (_PASSES - 1) + (True,):
         histogram = torch.zeros(int(2 * _LARGEST * _BINS_OF_ONE), dtype=torch.float64, device=accelerator.device)
-        density = evaluate_rows(model, rows, accelerator, observe=functools.partial(_count, histogram)).density
-        misses[shift] = abs(density / target - 1.0)
+        densities[shift] = evaluate_rows(model, rows, accelerator, observe=functools.partial(_count, histogram)).density
+        if len(densities) == 1 and miss(0.0) > math.log(_SMALL_MISS):
+            logger.warning(
+                "the density is %.3f and %g was asked for, which is too far off to be mended in the end: train on "
+                "more tokens, or choose a target nearer to it",
+                densities[0.0],
+                target,
+            )
+            break
         kept = accelerator.reduce(histogram, "sum").flip(0).cumsum(0)  # pairs from each edge up, from the top
-        if misses[shift] <= _CLOSE or kept[-1] == 0:
+        if last or miss(shift) <= math.log(_CLOSE):
             break
         edge = _LARGEST - int((kept <= target * kept[-1]).sum()) / _BINS_OF_ONE
         move(shift + cut - edge)
-    # The last shift was not looked at; and where many utilities are equal, a shift may miss by more than none.
-    move(min(misses, key=misses.__getitem__))
-    logger.info("calibrated: %.1f %% off the target density, biases shifted by %.3f", 100 * misses[shift], shift)
-    return shift
+        shift += cut - edge
+    # Where many utilities are equal, a shift may miss by more than none.
+    best = min(densities, key=miss)
+    move(best)
+    return Calibration(best, densities[0.0], densities[best])
 
 
 def _count(histogram: Tensor, utility: Tensor) -> None:

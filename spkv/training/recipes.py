@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spkv.config import SPKVConfig
-from spkv.gates import ANNEALING
+from spkv.gates import ANNEALING, NoisyGate
 from spkv.training.regularisers import FORMS
 from spkv.training.schedule import Schedule
 
@@ -116,7 +116,6 @@ class Recipe:
             "weight_decay",
             "predictor_weight_decay",
             "anneal_steps",
-            "gate_noise",
             "regulariser",
         ):
             _check(name, getattr(self, name), "at least 0", lambda value: value >= 0)
@@ -132,6 +131,7 @@ class Recipe:
             raise ValueError("lora_alpha needs lora_rank")
         if self.anneal_form not in ANNEALING:
             raise ValueError(f"anneal_form must be one of {', '.join(ANNEALING)}, not {self.anneal_form!r}")
+        NoisyGate(self.gate_noise)  # checks it
         if self.regulariser_form not in FORMS:
             raise ValueError(f"regulariser_form must be one of {', '.join(FORMS)}, not {self.regulariser_form!r}")
         if self.freeze_model and (not self.gates or self.lora_rank is not None):

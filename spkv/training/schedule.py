@@ -54,6 +54,7 @@ class Schedule:
             )
         if not 0 <= self.warmup_steps <= self.steps:
             raise ValueError(f"warmup_steps must lie in [0, {self.steps}], not {self.warmup_steps}")
+        NoisyGate(self.gate_noise)  # checks it
         if not 0.0 <= self.floor <= 1.0:
             raise ValueError(f"the learning rate's floor must lie in [0, 1], not {self.floor}")
 

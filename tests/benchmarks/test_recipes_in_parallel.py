@@ -3,8 +3,10 @@
 import json
 import math
 import subprocess
+import threading
 import time
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -54,6 +56,34 @@ def test_every_run_is_measured_once_after_its_control(finished, tmp_path, capsys
     assert states["20M-d0.3"] == "failed with exit code 7, see f-20M-d0.3.log"
     assert states["20M-d0.4"] == "unfinished"
     assert states["50M-d0.1"] == "done"
+
+
+def test_a_run_trains_beside_its_control_and_is_measured_after_it(monkeypatch, tmp_path):
+    order, trains = [], threading.Event()
+
+    def run(command, **_):
+        if "--runs" in command:
+            name = command[command.index("--runs") + 1]
+            if "--train-only" in command:
+                trains.set()
+                order.append(f"{name} trained")
+            else:
+                if name == "dense-20M":
+                    assert trains.wait(timeout=30)
+                    time.sleep(0.05)
+                order.append(name)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert recipes_in_parallel.main(["--gpus", "2", "--runs", "20M-d0.1", "--json", str(tmp_path / "f.json")]) == 0
+    assert order == ["20M-d0.1 trained", "dense-20M", "20M-d0.1"]
+
+
+def test_a_process_that_cannot_be_started_holds_nobody_up(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(subprocess, "run", Mock(side_effect=OSError("no such program")))
+    assert recipes_in_parallel.main(["--gpus", "2", "--runs", "20M-d0.1", "--json", str(tmp_path / "f.json")]) == 1
+    states = json.loads(capsys.readouterr().out.splitlines()[-1])["runs"]
+    assert states["dense-20M"] == "failed: no such program"
 
 
 def test_no_run_starts_past_the_deadline_or_without_its_control(finished, tmp_path):

@@ -1,13 +1,16 @@
 """Training with compiled parts: which they are, and that gradients are as good as those of the eager model."""
 
+import functools
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
 
 import spkv
-from spkv.gates import SoftGate
+from spkv.gates import NoisyGate, SoftGate
 from spkv.hf import compiled
+from spkv.training.parameters import enable_recomputation
 
 
 @pytest.fixture
@@ -32,14 +35,17 @@ def loss_of(model, ids):
     return model(ids, labels=ids, use_cache=False).loss
 
 
-def test_mlps_and_the_loss_are_compiled_too(attached, calls):
+@pytest.mark.parametrize("own_loss", [False, True])
+def test_mlps_and_the_loss_are_compiled_too(attached, calls, own_loss):
     ids = torch.randint(1, 97, (2, 30))
-    expected, loss = loss_of(attached, ids), attached.loss_function
+    if own_loss:
+        attached.loss_function = attached.loss_function
+    expected, before = loss_of(attached, ids), vars(attached).copy()
     with compiled.compiled_parts(attached, training=True):
         assert torch.equal(loss_of(attached, ids), expected)
     compiled_ones = {"LlamaRMSNorm.forward", "UtilityPredictor.forward", "apply_rotary_pos_emb", "LlamaMLP.forward"}
     assert set(calls) == {*compiled_ones, "ForCausalLMLoss"}
-    assert attached.loss_function is loss
+    assert vars(attached) == before
     assert not any("forward" in vars(module) for module in attached.modules())
 
 
@@ -49,6 +55,41 @@ def test_mlps_with_lora_are_left_alone(attached, calls):
         loss_of(model, torch.randint(1, 97, (2, 30)))
     assert "ForCausalLMLoss" in calls
     assert "LlamaMLP.forward" not in calls
+
+
+@pytest.mark.parametrize(
+    ("config", "lora", "checkpointing"),
+    [(LlamaConfig, False, False), (LlamaConfig, False, True), (Gemma3TextConfig, True, False)],
+)
+def test_graphs_compute_what_the_model_does(monkeypatch, config, lora, checkpointing):
+    """Without Inductor, which takes long: what dynamo and autograd make of the parts."""
+    compile = functools.cache(lambda function, reproducible: torch.compile(function, backend="aot_eager"))
+    monkeypatch.setattr(compiled, "_compile", compile)
+    sizes = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    layers = dict(layer_types=["sliding_attention", "full_attention"]) if config is Gemma3TextConfig else {}
+    model = AutoModelForCausalLM.from_config(config(vocab_size=97, num_hidden_layers=2, **sizes, **layers))
+    spkv.attach(model, spkv.SPKVConfig(window=9))
+    spkv.attachment(model).gate = NoisyGate(1.0)
+    model.train()
+    if checkpointing:
+        enable_recomputation(model)
+    trained = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear")) if lora else model
+    ids = torch.randint(1, 97, (2, 30))
+
+    def gradient():
+        trained.zero_grad()
+        torch.manual_seed(2)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss_of(trained, ids).backward()
+        return torch.cat([p.grad.flatten() for p in trained.parameters() if p.grad is not None])
+
+    expected = gradient()
+    torch._dynamo.reset()
+    with compiled.compiled_parts(model, training=True):
+        torch.testing.assert_close(gradient(), expected)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        torch.testing.assert_close(gradient(), expected)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
 @pytest.mark.gpu

@@ -283,7 +283,7 @@ def test_a_full_pool_says_so_between_steps_and_the_cache_is_whole(looping):
 def test_parts_are_compiled_inside_the_context_and_as_before_after_it(looping, monkeypatch):
     calls = []
 
-    def compile(function, reproducible=False):
+    def compile(function, reproducible):
         return lambda *args, **kwargs: calls.append(function.__qualname__) or function(*args, **kwargs)
 
     monkeypatch.setattr(compiled, "_compile", compile)

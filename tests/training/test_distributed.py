@@ -14,10 +14,11 @@ from spkv.training import adapt
 
 # What `torchrun` runs, in every process.
 SCRIPT = """
-import json, sys
+import json, sys, torch
 from spkv.training import Recipe, adapt
 options = json.loads(sys.argv[1])
 adapt(recipe=Recipe(**options.pop("recipe")), **options)
+print("next draw", torch.rand(()).item())
 """
 
 
@@ -42,6 +43,8 @@ def test_two_processes_compute_what_one_does(
     )
     assert done.returncode == 0, done.stderr[-4000:]
 
+    draws = [line for line in done.stdout.splitlines() if line.startswith("next draw")]
+    assert len(set(draws)) == 2, "noise on gates must differ between processes"
     two = json.loads((tmp_path / "two" / "summary.json").read_text())
     assert (one["processes"], two["processes"]) == (1, 2)
     assert two["validation_tokens"] == one["validation_tokens"]

@@ -38,11 +38,14 @@ def launches_early(device: torch.device) -> bool:
     A kernel launched with `early_options` must call `tl.extra.cuda.gdc_wait` before it touches memory; the one before
     it says with `tl.extra.cuda.gdc_launch_dependents` from when on the next may be there.
     """
-    if device.type != "cuda" or torch.version.hip is not None or not hasattr(tl.extra.cuda, "gdc_wait"):
+    if INTERPRETED or device.type != "cuda" or torch.version.hip is not None or not hasattr(tl.extra.cuda, "gdc_wait"):
         return False
-    driver = ctypes.c_int()
-    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(driver))
-    return torch.cuda.get_device_capability(device) >= (9, 0) and driver.value >= _DRIVER_WITH_EARLY_GRAPHS
+    version = ctypes.c_int()
+    try:  # torch tells the version of its CUDA, not the driver's
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0) and version.value >= _DRIVER_WITH_EARLY_GRAPHS
 
 
 def early_options(early: bool) -> dict[str, Any]:
