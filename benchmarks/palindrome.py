@@ -33,6 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import spkv
 from benchmarks.losses import measure
+from benchmarks.recipes import setting
 from benchmarks.run import environment, save
 from spkv.gates import OpenGate, ThresholdGate
 from spkv.training.adapt import training_arguments
@@ -169,12 +170,12 @@ def train(recipe: Recipe, size: Size, seed: int) -> Any:
     return model.eval()
 
 
-def run(method: str, target: float | None, size: Size, seed: int) -> dict[str, Any]:
-    """Train by a method and return its row."""
+def run(method: str, target: float | None, size: Size, seed: int, changes: dict[str, Any]) -> dict[str, Any]:
+    """Train by a method, "spkv" with changes of its recipe, and return its row."""
     gc.collect()
     torch.cuda.empty_cache()
     start = time.monotonic()
-    recipe = recipe_of(method, size, target)
+    recipe = recipe_of(method, size, target).replace(**changes)
     model = train(recipe, size, seed)
     seconds = time.monotonic() - start
     gate = ThresholdGate(recipe.threshold) if recipe.gates else OpenGate()
@@ -182,6 +183,7 @@ def run(method: str, target: float | None, size: Size, seed: int) -> dict[str, A
     return {
         "method": method,
         "target": target,
+        "changes": changes,
         "threshold": recipe.threshold if recipe.gates else None,
         **measure(model, held_out, gate, batch_size=32),
         "seed": seed,
@@ -195,12 +197,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="short sequences and a tiny model")
     parser.add_argument("--methods", nargs="+", choices=_METHODS, default=list(_METHODS))
     parser.add_argument("--targets", type=float, nargs="+", help="densities of spkv; default: 0.4 0.3 0.2, quick 0.3")
-    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="of the task, such as steps=4000")
+    settings: dict[str, Any] = dict(nargs="+", type=setting, default=[], metavar="FIELD=VALUE")
+    parser.add_argument("--set", **settings, help="of the task, such as steps=4000")
+    parser.add_argument("--recipe", **settings, help="of spkv's recipe, such as gate_noise=1")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commit", help="to record; default: what git says")
     options = parser.parse_args(argv)
-    changes = {name: json.loads(value) for name, _, value in (setting.partition("=") for setting in options.set)}
-    size = dataclasses.replace(QUICK if options.quick else REAL, **changes)
+    size = dataclasses.replace(QUICK if options.quick else REAL, **dict(options.set))
+    changes = dict(options.recipe)
     start = time.monotonic()
     result = environment("benchmarks.palindrome", options.commit, ("transformers",))
     result |= {"task": dataclasses.asdict(size), "rows": []}
@@ -212,10 +216,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     wanted: list[tuple[str, float | None]] = [(method, None) for method in options.methods if method != "spkv"]
     targets = options.targets or ([0.3] if options.quick else [0.4, 0.3, 0.2])
     wanted += [("spkv", target) for target in targets if "spkv" in options.methods]
-    done = {(row["method"], row["target"], row["seed"]) for row in result["rows"]}
+    done = [(row["method"], row["target"], row["changes"], row["seed"]) for row in result["rows"]]
     for method, target in wanted:
-        if (method, target, options.seed) not in done:
-            result["rows"].append(run(method, target, size, options.seed))
+        own = changes if method == "spkv" else {}
+        if (method, target, own, options.seed) not in done:
+            result["rows"].append(run(method, target, size, options.seed, own))
             print(result["rows"][-1], file=sys.stderr, flush=True)
             save(result, options.json)
     print(json.dumps({"rows": len(result["rows"]), "seconds": round(time.monotonic() - start, 1)}))

@@ -69,6 +69,11 @@ def test_every_method_leaves_a_row_and_is_not_trained_twice(tmp_path, monkeypatc
     monkeypatch.setattr(palindrome, "train", None)
     palindrome.main(arguments)
     assert json.loads(path.read_text())["rows"] == result["rows"]
+    monkeypatch.undo()
+    palindrome.main([*arguments, "--recipe", "gate_noise=1", "regulariser_form=concave"])
+    *before, changed = json.loads(path.read_text())["rows"]
+    assert before == result["rows"]
+    assert (changed["method"], changed["changes"]) == ("spkv", {"gate_noise": 1, "regulariser_form": "concave"})
     with pytest.raises(SystemExit):
         palindrome.main([*arguments[:-1], "window=2"])
     assert "holds another task" in capsys.readouterr().err
