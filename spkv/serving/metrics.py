@@ -19,7 +19,7 @@ class SlabStats(KVConnectorStats):  # type: ignore[misc]
     """The latest totals of the ledger."""
 
     def reset(self) -> None:
-        self.data = {}
+        self.data: dict[str, Any] = {}
 
     def aggregate(self, other: SlabStats) -> SlabStats:
         """What comes later replaces what came before: these are totals."""

@@ -15,6 +15,7 @@ import torch
 
 import spkv
 from benchmarks import serve, serve_load
+from benchmarks.figures import RESULTS
 
 METRICS = """# HELP vllm:num_requests_running Number of requests in model execution batches.
 vllm:num_requests_running{engine="0"} 2.0
@@ -180,3 +181,13 @@ def test_vllm_serves_the_tiny_model(tmp_path):
     (row,) = json.loads((tmp_path / "serve.json").read_text())["rows"]
     assert row["tokens_per_second"] > 0
     assert 0 < row["kv_use_max"] <= 1
+
+
+def test_the_committed_rows_agree_with_themselves():
+    result = json.loads((RESULTS / "serve.json").read_text(encoding="utf-8"))
+    assert {"device", "commit", "command", "versions", "rows"} <= result.keys()
+    assert len({row["kv_bytes"] for row in result["rows"]}) == 1
+    for row in result["rows"]:
+        assert row["error"] is None
+        assert row["tokens_per_second"] == pytest.approx(row["requests"] * row["new_tokens"] / row["seconds"])
+        assert row["in_flight_max"] <= row["requests"]
