@@ -117,7 +117,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, training: dict[str, 
     Args:
         model: an attached model, without LoRA (see `save_adapter`).
         path: directory, made if needed.
-        training: what to remember of the training (recipe, densities); any JSON.
+        training: what to remember of the training (recipe, densities); any JSON. None repeats what the checkpoint
+            remembers that the model was loaded from.
 
     Raises:
         ValueError: if the model carries LoRA weights.
@@ -144,7 +145,7 @@ def save_adapter(
     Args:
         model: an attached model.
         path: directory, made if needed.
-        training: what to remember of the training; any JSON.
+        training: as in `save`.
         dtype: type to store weights in; None keeps theirs.
     """
     found, path = attachment(model), Path(path)
@@ -244,7 +245,9 @@ def check_fingerprint(model: nn.Module, expected: dict[str, Any] | None, path: P
 
 
 def _attach_stored(model: PreTrainedModel, path: Path) -> PreTrainedModel:
-    attach(model, SPKVConfig.from_dict(read_stored(path)["config"]))
+    stored = read_stored(path)
+    attach(model, SPKVConfig.from_dict(stored["config"]))
+    attachment(model).training = stored["training"]
     load_predictors(model, path)
     return model
 
@@ -261,10 +264,15 @@ def _save_predictors(
     weights = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in _predictor_parameters(model)}
     if weights:
         save_file(weights, path / PREDICTOR_FILE, metadata={"format": "pt"})
-    gate = attachment(model).gate
-    if isinstance(gate, ThresholdGate):  # it may have been moved since
-        config = config.replace(threshold=gate.threshold)
-    stored = {"format": FORMAT, "config": config.to_dict(), "base": base, "training": training or {}}
+    found = attachment(model)
+    if training is None:
+        training = dict(found.training)
+        if found.threshold != config.threshold:  # at which they were measured
+            for name in ("density", "densities"):
+                training.pop(name, None)
+    if isinstance(found.gate, ThresholdGate):  # it may have been moved since
+        config = config.replace(threshold=found.gate.threshold)
+    stored = {"format": FORMAT, "config": config.to_dict(), "base": base, "training": training}
     (path / CONFIG_FILE).write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
 
 

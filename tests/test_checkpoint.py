@@ -149,3 +149,18 @@ def test_the_threshold_in_force_is_the_one_saved(attached, tmp_path):
     spkv.attachment(attached).threshold = 0.7
     spkv.save(attached, tmp_path / "whole")
     assert spkv.attachment(spkv.load(tmp_path / "whole")).threshold == 0.7
+
+
+def test_what_is_known_of_the_training_stays_with_the_model(attached, base, tmp_path):
+    def stored(path):
+        return json.loads((path / "spkv_config.json").read_text())["training"]
+
+    save_adapter(attached, tmp_path / "adapter", training={"steps": 7, "density": 0.3, "densities": {"0": [0.3]}})
+    loaded = spkv.load(base, adapter=tmp_path / "adapter")
+    spkv.save(loaded, tmp_path / "whole")
+    assert stored(tmp_path / "whole") == stored(tmp_path / "adapter")
+    again = spkv.load(tmp_path / "whole", threshold=0.7)
+    spkv.save(again, tmp_path / "moved")
+    assert stored(tmp_path / "moved") == {"steps": 7}  # the densities were those of another threshold
+    spkv.save(again, tmp_path / "told", training={"density": 0.1})
+    assert stored(tmp_path / "told") == {"density": 0.1}

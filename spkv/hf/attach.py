@@ -48,6 +48,7 @@ class Attachment:
         max_memory: bytes that a cache made by `generate()` may take at most; None for no bound.
         page_dtype: how its kept pairs are coded; as in `SPKVConfig`, whose value it starts with.
         observer: called by every global layer of a pass that fills a cache; see `observing`.
+        training: what the checkpoint that was loaded remembers of its training; any JSON.
     """
 
     def __init__(self, decoder: Decoder, config: SPKVConfig, layers: tuple[int, ...]):
@@ -57,6 +58,7 @@ class Attachment:
         self.max_memory: int | None = None
         self.page_dtype: PageDtype = config.page_dtype
         self.observer: forward.Observer | None = None
+        self.training: dict[str, Any] = {}
         self.suspended = False
         self.context: forward.ForwardContext | None = None  # of the pass under way, where keywords do not carry it
         self._record: Record | None = None

@@ -118,12 +118,13 @@ class SelfPrunedAttention(nn.Module, AttentionLayerBase):  # type: ignore[misc]
 
     def get_kv_cache_spec(self, vllm_config: Any) -> SlabSpec:
         scheduler, block_size = vllm_config.scheduler_config, vllm_config.cache_config.block_size
+        chunk = scheduler.long_prefill_token_threshold or scheduler.max_num_batched_tokens
         sizes = SlabSizes(
             window=self.config.window,
             page_size=self.config.page_size,
             slab_tokens=block_size,
             density=settings.expected_density(vllm_config),
-            chunk=scheduler.long_prefill_token_threshold or scheduler.max_num_batched_tokens,
+            chunk=2 * chunk if versions.reports_come_late() else chunk,
         )
         return SlabSpec(
             block_size=block_size,

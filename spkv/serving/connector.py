@@ -19,7 +19,8 @@ from spkv.serving import versions
 from spkv.serving.attention import SelfPrunedAttention
 from spkv.serving.ledger import Orders
 from spkv.serving.manager import SlabManager
-from spkv.serving.slabs import SlabCache
+from spkv.serving.metrics import SlabMetrics, SlabStats
+from spkv.serving.slabs import SlabCache, UseReader
 
 
 @dataclass
@@ -46,6 +47,7 @@ class SPKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     """vLLM makes one for its scheduler and one for each worker."""
 
     cache: SlabCache  # a worker's
+    uses: UseReader  # a worker's
     manager: SlabManager  # the scheduler's
 
     @property
@@ -65,6 +67,7 @@ class SPKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._vllm_config.scheduler_config.max_num_seqs,
             self._vllm_config.model_config.max_model_len,
         )
+        self.uses = UseReader(self.cache, versions.reports_come_late())
         for layer in layers:
             layer.cache = self.cache
 
@@ -73,11 +76,8 @@ class SPKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self.cache.apply(connector_metadata.orders)
 
     def build_connector_worker_meta(self) -> StepReport | None:
-        orders = self._connector_metadata.orders
-        if not orders.rows:
-            return None
-        used = self.cache.used(list(orders.rows.values()))
-        return StepReport(orders.step, dict(zip(orders.rows, used, strict=True)))
+        report = self.uses.after(self._connector_metadata.orders)
+        return None if report is None else StepReport(*report)
 
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
         super().bind_kv_cache_manager(kv_cache_manager)
@@ -90,6 +90,18 @@ class SPKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         report = connector_output.kv_connector_worker_meta
         if report is not None:
             self.manager.report(report.step, report.used)
+
+    def get_kv_connector_stats(self) -> SlabStats | None:
+        """The scheduler asks after each step; workers, whose share this is not, too."""
+        return SlabStats(self.manager.ledger.totals()) if hasattr(self, "manager") else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> SlabStats:
+        return SlabStats(data or {})
+
+    @classmethod
+    def build_prom_metrics(cls, *args: Any) -> SlabMetrics:
+        return SlabMetrics(*args)
 
     # The rest of the interface is about pairs that come and go.
 

@@ -22,7 +22,7 @@ class SlabSizes:
         page_size: pairs in a page.
         slab_tokens: pairs of each chain that a slab has room for; a multiple of `page_size`.
         density: share of the pairs past the window that is expected to be kept.
-        chunk: tokens of one request that a step runs at most.
+        chunk: tokens of one request that may run, at most, before it is known what the first of them took.
     """
 
     window: int
@@ -99,10 +99,11 @@ class Ledger:
 
     Attributes:
         step: the number of the step that is being scheduled.
+        returned: slabs taken back from requests while they ran, in all.
     """
 
     def __init__(self, sizes: SlabSizes) -> None:
-        self.sizes, self.step = sizes, 0
+        self.sizes, self.step, self.returned = sizes, 0, 0
         self._requests: dict[str, _Request] = {}
         self._free_rows: list[int] = []
         self._rows = 0
@@ -160,7 +161,18 @@ class Ledger:
             if count > 0:
                 request.held -= count
                 surplus[name] = count
+        self.returned += sum(surplus.values())
         return surplus
+
+    def totals(self) -> dict[str, int]:
+        """Slabs of all requests: held, in use when last reported, those of a dense cache, and those returned so far."""
+        requests = self._requests.values()
+        return {
+            "slabs_held": sum(request.held for request in requests),
+            "slabs_used": sum(request.used for request in requests),
+            "slabs_dense": sum(-(-request.tokens // self.sizes.slab_tokens) for request in requests),
+            "slabs_returned": self.returned,
+        }
 
     def release(self, request: str) -> None:
         """A request has ended or was preempted; all its slabs are free."""

@@ -98,6 +98,8 @@ def check_model(stored: dict[str, Any], hf_config: Any) -> SPKVConfig:
     config = SPKVConfig.from_dict(stored["config"])
     if config.page_dtype is not None:
         raise ValueError(f"page_dtype is {config.page_dtype!r}; only pages that are not coded can be served yet")
+    if config.layout is not None:
+        raise ValueError("models with a static layout cannot be served yet")
     if any(kind != "full_attention" for kind in getattr(hf_config, "layer_types", None) or ()):
         raise ValueError("models with sliding-window layers cannot be served yet")
     return config

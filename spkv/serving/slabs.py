@@ -10,7 +10,6 @@ says how many are taken. Chains only grow, so the cursor only advances. It does 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -64,9 +63,9 @@ class SlabCache:
                 self.seen[:, row] = 0
                 self.kept[:, row * self.kv_heads : (row + 1) * self.kv_heads] = 0
 
-    def used(self, rows: Sequence[int]) -> list[int]:
-        """Slabs that have a page in use, of each row; waits for the device."""
-        return [-(-pages // self.per_slab) for pages in self.taken[list(rows)].tolist()]
+    def slabs_of(self, pages: int) -> int:
+        """Slabs that so many pages of a request lie in."""
+        return -(-pages // self.per_slab)
 
     def attend(
         self, layer: int, rows: Tensor, query: Tensor, key: Tensor, value: Tensor, keep: Tensor, *, scale: float
@@ -124,3 +123,43 @@ class SlabCache:
         columns = torch.where(wanted, column[..., None] + nth, self.table.shape[2] - 1)
         packed.table.view(B, Hkv, -1).scatter_(2, columns.flatten(2), page.flatten(2).to(packed.table.dtype))
         self.taken[rows] += count.sum((1, 2)).to(self.taken.dtype)
+
+
+class UseReader:
+    """Tells how many slabs the requests of a step use after it, of a GPU one step late.
+
+    The host runs ahead of a GPU. What it asks about the step that it has just launched it gets when that step is done,
+    with nothing launched behind it. So it asks for a copy, and reads it when the next step is launched; that wait, for
+    the step before, leaves the GPU with work. All workers are late by the same, so that their reports go together.
+    """
+
+    def __init__(self, cache: SlabCache, late: bool) -> None:
+        self._cache, self._late = cache, late
+        pinned = cache.taken.is_cuda
+        # One is read while the other is written.
+        self._copies = [torch.empty(cache.taken.shape, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
+        self._asked: tuple[Orders, Tensor, torch.cuda.Event | None] | None = None
+
+    def after(self, orders: Orders) -> tuple[int, dict[str, int]] | None:
+        """Call once the step of these orders is launched.
+
+        Returns:
+            A step and the slabs in use after it by each of its requests; None where there is nothing to tell.
+        """
+        asked, self._asked = self._asked, None
+        if orders.rows:
+            copy = self._copies[0].copy_(self._cache.taken, non_blocking=True)
+            self._copies.reverse()
+            done = torch.cuda.Event() if self._cache.taken.is_cuda else None
+            if done is not None:
+                done.record()
+            self._asked = orders, copy, done
+        if not self._late:
+            asked, self._asked = self._asked, None
+        if asked is None:
+            return None
+        orders, copy, done = asked
+        if done is not None:
+            done.synchronize()
+        pages = copy.tolist()
+        return orders.step, {name: self._cache.slabs_of(pages[row]) for name, row in orders.rows.items()}

@@ -74,6 +74,13 @@ def connector_config() -> Any:
     return KVTransferConfig(kv_connector=CONNECTOR, kv_role="kv_both")
 
 
+def reports_come_late() -> bool:
+    """Whether the slabs used in a step are known a step later (see `slabs.UseReader`)."""
+    from vllm.platforms import current_platform
+
+    return not current_platform.is_cpu()
+
+
 def one_memory() -> Any:
     """What a backend says so that all layers lie in one piece of memory, block by block."""
     from vllm.v1.kv_cache_layout import KVCacheLayout

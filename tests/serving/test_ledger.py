@@ -41,6 +41,8 @@ def test_what_a_chunk_did_not_use_goes_back():
     assert ledger.report(orders.step, {"a": 2}) == {"a": 1}  # one stays for the next token
     assert ledger.missing("a", 33) == 0
     assert ledger.missing("a", 64) == 3
+    ledger.grant("b", 8, [1])
+    assert ledger.totals() == {"slabs_held": 4, "slabs_used": 2, "slabs_dense": 5, "slabs_returned": 1}
 
 
 def test_steps_under_way_keep_their_slabs():

@@ -62,6 +62,9 @@ def test_models_that_cannot_be_served_are_refused(tiny_llama, tmp_path):
     coded = stored | {"config": stored["config"] | {"page_dtype": "int8"}}
     with pytest.raises(ValueError, match="page_dtype is 'int8'"):
         settings.check_model(coded, tiny_llama.config)
+    layout = stored | {"config": stored["config"] | {"layout": [[0]] * tiny_llama.config.num_hidden_layers}}
+    with pytest.raises(ValueError, match="static layout"):
+        settings.check_model(layout, tiny_llama.config)
     with pytest.raises(ValueError, match="sliding-window"):
         settings.check_model(stored, SimpleNamespace(layer_types=["full_attention", "sliding_attention"]))
 

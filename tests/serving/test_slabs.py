@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from spkv.cache.dense import DenseCache
-from spkv.serving.ledger import Ledger, SlabSizes
-from spkv.serving.slabs import SlabCache
+from spkv.serving.ledger import Ledger, Orders, SlabSizes
+from spkv.serving.slabs import SlabCache, UseReader
 
 LAYERS, HEADS, KV_HEADS, D, P = 2, 4, 2, 8, 4
 
@@ -21,9 +21,11 @@ def make(window, slab_tokens=8, rows=3, max_tokens=200, slabs=200):
 
 @pytest.mark.parametrize("window", [1, 8, 10])
 @pytest.mark.parametrize("slab_tokens", [4, 8])
-def test_random_schedules_equal_the_dense_cache(window, slab_tokens):
+@pytest.mark.parametrize("late", [False, True])
+def test_random_schedules_equal_the_dense_cache(window, slab_tokens, late):
     rng = random.Random(window)
     cache, ledger = make(window, slab_tokens)
+    uses = UseReader(cache, late)
     free, held, oracles, seen = list(range(1, 200)), {}, {}, {}
     rng.shuffle(free)
     freed = 0
@@ -56,9 +58,22 @@ def test_random_schedules_equal_the_dense_cache(window, slab_tokens):
                     one = (tensor[b : b + 1] for tensor in (query, key, value, keep))
                     expected = oracles[name].attend(layer, *one, scale=D**-0.5)
                     torch.testing.assert_close(out[b : b + 1], expected)
-        used = dict(zip(orders.rows, cache.used(list(orders.rows.values())), strict=True))
-        for name, count in ledger.report(orders.step, used).items():
-            free += [held[name].pop() for _ in range(count)]
-            freed += count
+        report = uses.after(orders)
+        if report is not None:
+            for name, count in ledger.report(*report).items():
+                free += [held[name].pop() for _ in range(count)]
+                freed += count
         rng.shuffle(free)
     assert freed > 10
+    assert ledger.totals()["slabs_returned"] == freed
+
+
+def test_uses_are_told_once_and_at_most_a_step_late():
+    cache, _ = make(8)
+    for late in (False, True):
+        uses, told = UseReader(cache, late), []
+        for step, rows in enumerate([{"a": 0}, {"a": 0, "b": 2}, {}, {}]):
+            cache.taken[:] = torch.tensor([step * cache.per_slab, 0, 1])
+            told.append(uses.after(Orders(step, rows=rows)))
+        expected = [(0, {"a": 0}), (1, {"a": 1, "b": 1}), None, None]
+        assert told == ([None, *expected[:3]] if late else expected)

@@ -106,7 +106,11 @@ def scheduler(llm):
     return llm.llm_engine.engine_core.engine_core.scheduler
 
 
-def test_mixed_lengths_together_equal_generate_and_free_memory_while_they_run(engine, expected):
+@pytest.mark.parametrize("late", [False, True])
+def test_mixed_lengths_together_equal_generate_and_free_memory_while_they_run(engine, expected, late, monkeypatch):
+    from spkv.serving import versions
+
+    monkeypatch.setattr(versions, "reports_come_late", lambda: late)  # as a GPU's do
     llm = engine(num_gpu_blocks_override=200)
     requests = prompts(10, 50, 290, 3, 1, 400, 128, 77)
     tokens, history = run(llm, requests)
