@@ -9,9 +9,7 @@ import hypothesis
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
-
-from benchmarks.from_scratch import byte_tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=500)
@@ -35,12 +33,6 @@ def _threads() -> None:
     # Tests run side by side, one process a core; more threads only get in each other's way.
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte: a character beyond ASCII has several. Vocabulary of 257; some folders have another."""
-    return byte_tokenizer()
 
 
 @pytest.fixture

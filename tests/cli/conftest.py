@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import spkv
-from benchmarks.from_scratch import byte_tokenizer
 from spkv.checkpoint import save_adapter
 
 WINDOW = 16
@@ -17,10 +17,13 @@ TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, and a chat template."""
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
+    """One token a byte: a character beyond ASCII has several."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<|endoftext|>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", chat_template=TEMPLATE)
 
 
 @pytest.fixture(scope="session")
