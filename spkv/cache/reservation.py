@@ -19,7 +19,7 @@ from torch import Tensor
 
 from spkv.cache.pages import PoolFullError
 from spkv.cache.pool import PagePool, set_aside
-from spkv.ops.reference import count_leaving
+from spkv.ops.attention import count_pages
 
 if TYPE_CHECKING:
     from spkv.cache.packed import PackedCache
@@ -168,7 +168,7 @@ class Reservation:
     ) -> None:
         """Set pages aside for so many tokens more in each chain of these layers and sequences, and widen the table.
 
-        `exact` asks the device for the pages and the longest chain, for when the bounds are more than there is.
+        `exact` asks the device for the pages and columns, for when the bounds are more than there is.
         """
 
         def bounds() -> tuple[list[tuple[PagePool, int]], int]:
@@ -181,8 +181,8 @@ class Reservation:
                 self.ask()
                 shares, columns = bounds()
             else:
-                needs, longest = exact()
-                shares, columns = self._shares(needs), self._columns(longest)
+                needs, columns = exact()
+                shares = self._shares(needs)
         set_aside(shares)
         self.cache.widen(columns)
 
@@ -206,23 +206,12 @@ class Reservation:
         return self.cache.ring_pages - (-kept // self.cache.page_size)
 
     def _needs(self, layers: Sequence[int], question: _Question) -> tuple[_Needs, int]:
-        """Pages that writing takes in each of the layers, and pairs of the then longest chain."""
-        *counts, longest = self._learn(question.answer())
-        L = len(layers)
-        return list(zip(layers, counts[:L], counts[L:], strict=True)), longest
+        """Pages that writing takes in each of the layers, and columns for the then longest chain."""
+        counts = self._learn(question.answer())
+        ring, kept, longest = (counts[i::3] for i in range(3))
+        return list(zip(layers, ring, kept, strict=True)), self.cache.ring_pages + max(longest)
 
     def _ask_for(self, layers: Sequence[int], rows: range, keep: Tensor, valid: Tensor | None) -> _Question:
         """Ask for `_state`, and what writing these tokens to each of the layers takes. Does not wait."""
-        cache, P, L, layers = self.cache, self.cache.page_size, len(layers), list(layers)
-        chains = slice(rows.start * cache.kv_heads, rows.stop * cache.kv_heads)
-        # Layers side by side, as if their sequences were as many more.
-        seen = cache.seen[layers, rows.start : rows.stop].flatten()
-        kept = cache.kept[layers, chains].flatten()
-        about = layers[0], rows, keep
-        keep, valid = keep.repeat(L, 1, 1), None if valid is None else valid.repeat(L, 1)
-        arriving = torch.full_like(seen, keep.shape[2]) if valid is None else valid.sum(1).to(seen)
-        ring_have, ring_need = (-(-n.clamp_max(cache.window) // P) for n in (seen, seen + arriving))
-        then = kept + count_leaving(seen, cache.ring_keep[layers, chains].flatten(0, 1), keep, valid)
-        ring, new = (ring_need - ring_have) * cache.kv_heads, -(-then // P) + (-kept // P)
-        pages = [n.view(L, -1).sum(1) for n in (ring, new)]
-        return _Question(about, torch.cat([self._state(), *pages, then.max()[None]]))
+        counts = [count_pages(self.cache.layer(layer, rows), keep, valid) for layer in layers]
+        return _Question((layers[0], rows, keep), torch.cat([self._state(), *counts]))

@@ -1,4 +1,4 @@
-"""The four operators. Each checks its arguments, then runs the implementation asked for, or the first that can.
+"""The operators. Each checks its arguments, then runs the implementation asked for, or the first that can.
 
 Legend: B sequences, H query heads, Hkv KV heads, T tokens, D head size (at least 1, equal for keys and values),
 w window. Heads h of the group h // (H / Hkv) share a KV head, and so a gate.
@@ -222,6 +222,10 @@ _WRITE = (
     Implementation("triton", _function("triton.write", "write"), limits.write),
     Implementation("reference", _function("reference", "write"), _needs_one_tensor),
 )
+_COUNT_PAGES = (
+    Implementation("triton", _function("triton.write", "count_pages"), limits.count_pages),
+    Implementation("reference", _function("reference", "count_pages")),
+)
 
 
 def write(
@@ -257,6 +261,31 @@ def write(
     _check_devices(key.device, value=value, keep=keep, valid=valid, pool=packed.pool)
     arguments = dict(packed=packed, key=key, value=value, keep=keep, valid=valid)
     choose("write", _WRITE, implementation, arguments)(**arguments)
+
+
+def count_pages(
+    packed: PackedLayer, keep: Tensor, valid: Tensor | None = None, *, implementation: str | None = None
+) -> Tensor:
+    """Count the pages that a `write` with these gates would newly take.
+
+    Args:
+        packed, keep, valid: as in `write`.
+        implementation: "triton" (CUDA), "reference"; None takes the first that can run.
+
+    Returns:
+        [3] int32: pages for all rings, pages for all kept pairs, and the kept pages of the then longest chain.
+
+    Raises:
+        ValueError, TypeError: for shapes or dtypes that do not fit.
+    """
+    B, Hkv, T = packed.seen.shape[0], packed.kv_heads, keep.shape[2]
+    _check_bool("keep", keep, (B, Hkv, T))
+    if valid is not None:
+        _check_bool("valid", valid, (B, T))
+    _check_devices(packed.pool.device, keep=keep, valid=valid)
+    arguments = dict(packed=packed, keep=keep, valid=valid)
+    function = choose("count_pages", _COUNT_PAGES, implementation, arguments)
+    return function(**arguments)  # type: ignore[no-any-return]
 
 
 def _check_attention(

@@ -171,19 +171,35 @@ def packed_decode(
     )
 
 
-def count_leaving(seen: Tensor, ring_keep: Tensor, keep: Tensor, valid: Tensor | None) -> Tensor:
-    """Return [C] int64: kept pairs that leave the window of each chain when `keep`'s tokens [B, Hkv, T] arrive.
+def needed_pages(
+    packed: PackedLayer, keep: Tensor, valid: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What writing `keep`'s tokens [B, Hkv, T] takes: pages that each ring [B] holds and newly needs, and pages that
+    each chain's kept pairs [C] hold and newly need."""
+    arriving = torch.full_like(packed.seen, keep.shape[2]) if valid is None else valid.sum(1).to(packed.seen)
+    ring_held, ring_then = (
+        -(-n.clamp_max(packed.window) // packed.page_size) for n in (packed.seen, packed.seen + arriving)
+    )
+    leaving = _count_leaving(packed, keep, valid, arriving)
+    kept_held, kept_then = (-(-n // packed.page_size) for n in (packed.kept, packed.kept + leaving))
+    return ring_held, ring_then - ring_held, kept_held, kept_then - kept_held
 
-    `seen` and `ring_keep` are those of a `PackedLayer`.
-    """
+
+def count_pages(packed: PackedLayer, keep: Tensor, valid: Tensor | None = None) -> Tensor:
+    """See `spkv.ops.attention.count_pages`."""
+    _, ring_new, kept_held, kept_new = needed_pages(packed, keep, valid)
+    return torch.stack([ring_new.sum() * packed.kv_heads, kept_new.sum(), (kept_held + kept_new).max()]).int()
+
+
+def _count_leaving(packed: PackedLayer, keep: Tensor, valid: Tensor | None, arriving: Tensor) -> Tensor:
+    """[C] int64: kept pairs that leave the window of each chain when `arriving` [B] tokens arrive."""
     B, Hkv, T = keep.shape
-    w = ring_keep.shape[1]
-    arriving = seen.new_full((B,), T) if valid is None else valid.sum(1)
+    w, seen = packed.window, packed.seen
     # The j-th token to arrive claims the slot of position seen + j - w, if there ever was one.
     j = torch.arange(min(w, T), device=keep.device)
     claimed = (seen[:, None] + j) % w
     leaves = (j < arriving[:, None]) & (seen[:, None] + j >= w)
-    ring_keep = ring_keep.reshape(B, Hkv, w).gather(2, claimed.long()[:, None].expand(-1, Hkv, -1))
+    ring_keep = packed.ring_keep.reshape(B, Hkv, w).gather(2, claimed.long()[:, None].expand(-1, Hkv, -1))
     count = (ring_keep & leaves[:, None]).sum(2)
     if w < T:
         nth = torch.arange(T, device=keep.device) if valid is None else valid.cumsum(1) - 1
@@ -213,18 +229,15 @@ def _hand_out(packed: PackedLayer, keep: Tensor, valid: Tensor | None) -> tuple[
     Returns [B] bool, the sequences whose rings have all their pages, and [C] int64, the kept pairs that each chain has
     pages for.
     """
-    P, Hkv = packed.page_size, packed.kv_heads
-    arriving = torch.full_like(packed.seen, keep.shape[2]) if valid is None else valid.sum(1)
-    ring_have, ring_need = (-(-n.clamp_max(packed.window) // P) for n in (packed.seen, packed.seen + arriving))
-    leaving = count_leaving(packed.seen, packed.ring_keep, keep, valid)
-    kept_have, kept_need = (-(-n // P) for n in (packed.kept, packed.kept + leaving))
-    ring_count = (ring_need - ring_have).repeat_interleave(Hkv)
-    columns = ring_have.repeat_interleave(Hkv), packed.ring_pages + kept_have
+    Hkv = packed.kv_heads
+    ring_held, ring_new, kept_held, kept_new = needed_pages(packed, keep, valid)
+    ring_count = ring_new.repeat_interleave(Hkv)
+    columns = ring_held.repeat_interleave(Hkv), packed.ring_pages + kept_held
     ring_granted = _grant(packed.table, columns[0], ring_count, packed.free, packed.taken)
     kept_stack = (packed.free, packed.taken) if packed.coded is None else (packed.coded.free, packed.coded.taken)
-    kept_granted = _grant(packed.table, columns[1], kept_need - kept_have, *kept_stack)
+    kept_granted = _grant(packed.table, columns[1], kept_new, *kept_stack)
     enters = (ring_granted == ring_count).view(-1, Hkv).all(1)
-    return enters, (kept_have + kept_granted) * P
+    return enters, (kept_held + kept_granted) * packed.page_size
 
 
 def _grant(table: Tensor, column: Tensor, count: Tensor, free: Tensor | None, taken: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from spkv.ops.attention import packed_decode, pruned_prefill, write
 from spkv.ops.packed import PackedLayer
-from spkv.ops.reference import count_leaving
+from spkv.ops.reference import needed_pages
 from spkv.serving.ledger import Orders
 
 
@@ -104,18 +104,15 @@ class SlabCache:
     def _take_pages(self, rows: Tensor, packed: PackedLayer, keep: Tensor) -> None:
         """Enter the pages that writing these tokens takes into `packed.table`, and advance the cursors."""
         B, Hkv, T = keep.shape
-        P, device = self.page_size, rows.device
-        ring_have, ring_need = (-(-n.clamp_max(self.window) // P) for n in (packed.seen, packed.seen + T))
-        leaving = count_leaving(packed.seen, packed.ring_keep, keep, None)
-        kept_have, kept_need = (-(-n // P) for n in (packed.kept, packed.kept + leaving))
-        ring_have, ring_need = (n[:, None].expand(B, Hkv) for n in (ring_have, ring_need))
-        kept_have, kept_need = (n.view(B, Hkv) for n in (kept_have, kept_need))
+        ring_held, ring_new, kept_held, kept_new = needed_pages(packed, keep)
+        ring_held, ring_new = (n[:, None].expand(B, Hkv) for n in (ring_held, ring_new))
+        kept_held, kept_new = (n.view(B, Hkv) for n in (kept_held, kept_new))
         # [B, Hkv, 2]: pages of ring and kept pages, and the first column for each.
-        count = torch.stack([ring_need - ring_have, kept_need - kept_have], 2)
-        column = torch.stack([ring_have, self.ring_pages + kept_have], 2)
+        count = torch.stack([ring_new, kept_new], 2)
+        column = torch.stack([ring_held, self.ring_pages + kept_held], 2)
         before = (count.flatten(1).cumsum(1) - count.flatten(1)).view_as(count)
         # As many as there can be for each, so that the host need not know how many there are.
-        nth = torch.arange(-(-T // P), device=device)
+        nth = torch.arange(-(-T // self.page_size), device=rows.device)
         wanted = nth < count[..., None]
         number = self.taken[rows].view(B, 1, 1, 1) + before[..., None] + nth
         slab = self.slabs[rows[:, None], (number // self.per_slab).clamp_max(self.slabs.shape[1] - 1).flatten(1)]

@@ -62,6 +62,10 @@ def write(arguments: dict[str, Any]) -> str | None:
     return _needs_triton(arguments["key"]) or _other_layout(arguments["packed"])
 
 
+def count_pages(arguments: dict[str, Any]) -> str | None:
+    return _needs_triton(arguments["packed"].pool) or _other_layout(arguments["packed"])
+
+
 def _wants_gradients(arguments: dict[str, Any]) -> str | None:
     wanted = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments.values())
     return "it has no backward pass, and a gradient is asked for; call it under torch.no_grad()" if wanted else None

@@ -24,7 +24,7 @@ from torch import Tensor
 from spkv.ops.packed import PackedLayer
 from spkv.ops.triton import coded
 from spkv.ops.triton.coded import store_coded
-from spkv.ops.triton.launch import launches_early, on_device_of
+from spkv.ops.triton.launch import on_device_of
 
 _TILE = 4096  # elements of keys that a program of the chunk's scatter moves
 _MARKED = 1024  # columns that a program marks
@@ -45,6 +45,21 @@ def write(packed: PackedLayer, key: Tensor, value: Tensor, keep: Tensor, valid: 
         (_write_token if key.shape[2] == 1 else _write_chunk)(packed, key, value, keep, valid)
 
 
+def count_pages(packed: PackedLayer, keep: Tensor, valid: Tensor | None = None) -> Tensor:
+    """See `spkv.ops.attention.count_pages`. Never waits for the device."""
+    B, Hkv, T = keep.shape
+    assert packed.ring_keep.stride(1) == 1
+    order = None if valid is None else valid.cumsum(1, dtype=torch.int32)
+    counts = torch.zeros(3, dtype=torch.int32, device=keep.device)
+    with on_device_of(keep):
+        _count[(B * Hkv,)](
+            keep, valid, order, packed.seen, packed.kept, packed.ring_keep, counts, T, packed.window,
+            keep.stride(0), keep.stride(1), keep.stride(2), *_strides(valid), packed.ring_keep.stride(0),
+            Hkv=Hkv, P=packed.page_size, N=_MARKED, num_warps=4,
+        )  # fmt: skip
+    return counts
+
+
 def _write_token(packed: PackedLayer, key: Tensor, value: Tensor, keep: Tensor, valid: Tensor | None) -> None:
     B, Hkv, _, D = key.shape
     pool, table, ring_keep, free = packed.pool, packed.table, packed.ring_keep, packed.free
@@ -56,7 +71,7 @@ def _write_token(packed: PackedLayer, key: Tensor, value: Tensor, keep: Tensor, 
         key.stride(0), key.stride(1), keep.stride(0), keep.stride(1), 0 if valid is None else valid.stride(0),
         pool.stride(0), pool.stride(1), pool.stride(2), table.stride(0), ring_keep.stride(0),
         Hkv=Hkv, D=D, P=packed.page_size, HKV_PAD=triton.next_power_of_2(Hkv), D_PAD=triton.next_power_of_2(D),
-        CODEC=coded.name(packed), EARLY=launches_early(key.device), num_warps=4,
+        CODEC=coded.name(packed), num_warps=4,
     )  # fmt: skip
 
 
@@ -129,11 +144,9 @@ def _token(
     key_stride_b, key_stride_h, keep_stride_b, keep_stride_h, valid_stride_b,
     pool_stride_page, pool_stride_half, pool_stride_slot, table_stride, ring_keep_stride,
     Hkv: tl.constexpr, D: tl.constexpr, P: tl.constexpr, HKV_PAD: tl.constexpr, D_PAD: tl.constexpr,
-    CODEC: tl.constexpr, EARLY: tl.constexpr,
+    CODEC: tl.constexpr,
 ):  # fmt: skip
     """One sequence, all its heads: they share `seen`, which must not move before the last of them has read it."""
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()  # attention, in a decode step
     b = tl.program_id(0)
     h, d = tl.arange(0, HKV_PAD), tl.arange(0, D_PAD)
     heads = h < Hkv
@@ -227,6 +240,24 @@ def _tokens(valid, order, b, t, mask, T, valid_stride_b, valid_stride_t):
     return i, real
 
 
+@triton.jit
+def _leaves(
+    keep, valid, order, ring_keep, chain, column, position, n, T, window,
+    keep_stride_b, keep_stride_h, keep_stride_t, valid_stride_b, valid_stride_t, ring_keep_stride,
+    Hkv: tl.constexpr,
+):  # fmt: skip
+    """Whether the pairs in these columns of a chain's line leave the window and are kept."""
+    b, h = chain // Hkv, chain % Hkv
+    # Token j claims the slot of position seen + j - w, if there ever was one.
+    old = (column < window) & (column < n) & (position + column >= window)
+    old_bit = tl.load(ring_keep + chain * ring_keep_stride + (position + column) % window, mask=old, other=0)
+    t = column - window
+    i, real = _tokens(valid, order, b, t, (t >= 0) & (t < T), T, valid_stride_b, valid_stride_t)
+    bits = keep + b * keep_stride_b + h * keep_stride_h + t.to(tl.int64) * keep_stride_t
+    new_bit = tl.load(bits, mask=real & (i < n - window), other=0)
+    return (old_bit != 0) | (new_bit != 0)
+
+
 @_kernel
 def _mark(
     keep, valid, order, seen, ring_keep, leaves, T, window,
@@ -235,18 +266,37 @@ def _mark(
 ):  # fmt: skip
     """N columns of a chain's line: 1 where the pair leaves the window and is kept."""
     chain = tl.program_id(0).to(tl.int64)
-    b, h = chain // Hkv, chain % Hkv
     column = tl.program_id(1) * N + tl.arange(0, N)
-    position, n = tl.load(seen + b), _arriving(order, b, T, True)
-    # Token j claims the slot of position seen + j - w, if there ever was one.
-    old = (column < window) & (column < n) & (position + column >= window)
-    old_bit = tl.load(ring_keep + chain * ring_keep_stride + (position + column) % window, mask=old, other=0)
-    t = column - window
-    i, real = _tokens(valid, order, b, t, (t >= 0) & (t < T), T, valid_stride_b, valid_stride_t)
-    bits = keep + b * keep_stride_b + h * keep_stride_h + t.to(tl.int64) * keep_stride_t
-    new_bit = tl.load(bits, mask=real & (i < n - window), other=0)
-    bit = (old_bit != 0) | (new_bit != 0)
+    b = chain // Hkv
+    bit = _leaves(
+        keep, valid, order, ring_keep, chain, column, tl.load(seen + b), _arriving(order, b, T, True), T, window,
+        keep_stride_b, keep_stride_h, keep_stride_t, valid_stride_b, valid_stride_t, ring_keep_stride, Hkv,
+    )  # fmt: skip
     tl.store(leaves + chain * (window + T) + column, bit.to(tl.int8), mask=column < window + T)
+
+
+@_kernel
+def _count(
+    keep, valid, order, seen, kept, ring_keep, counts, T, window,
+    keep_stride_b, keep_stride_h, keep_stride_t, valid_stride_b, valid_stride_t, ring_keep_stride,
+    Hkv: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """One chain: the pages that its ring and its kept pairs newly need, added to those of the others."""
+    chain = tl.program_id(0).to(tl.int64)
+    b = chain // Hkv
+    position, n, end = tl.load(seen + b), _arriving(order, b, T, True), tl.load(kept + chain)
+    leaving = tl.zeros([N], tl.int32)
+    for start in range(0, window + T, N):
+        leaving += _leaves(
+            keep, valid, order, ring_keep, chain, start + tl.arange(0, N), position, n, T, window,
+            keep_stride_b, keep_stride_h, keep_stride_t, valid_stride_b, valid_stride_t, ring_keep_stride, Hkv,
+        ).to(tl.int32)  # fmt: skip
+    ring_new = tl.cdiv(tl.minimum(position + n, window), P) - tl.cdiv(tl.minimum(position, window), P)
+    kept_then = tl.cdiv(end + tl.sum(leaving, 0), P)
+    # Sums and maxima of integers do not depend on their order.
+    tl.atomic_add(counts, ring_new, sem="relaxed")
+    tl.atomic_add(counts + 1, kept_then - tl.cdiv(end, P), sem="relaxed")
+    tl.atomic_max(counts + 2, kept_then, sem="relaxed")
 
 
 @triton.jit
