@@ -187,6 +187,7 @@ class PackedCache:
             free=self.pool.free,
             taken=self.pool.taken,
             scattered=self.pool.slabs,
+            empty=self._reservation.empty[layer],
             coded=coded,
         )
 

@@ -55,6 +55,7 @@ class Reservation:
         seen_least: by layer, the least tokens that a sequence has seen.
         kept_most: by layer, the most pairs that a chain has kept.
         credit: by layer, single tokens of all sequences for which pages are set aside.
+        empty: by layer, whether surely nothing was ever written.
     """
 
     def __init__(self, cache: PackedCache) -> None:
@@ -62,6 +63,7 @@ class Reservation:
         # cycles, and it does not know how much memory they are.
         self.cache: PackedCache = weakref.proxy(cache)
         self.seen_least, self.kept_most, self.credit = ([0] * cache.layers for _ in range(3))
+        self.empty = [True] * cache.layers
         self._question: _Question | None = None
 
     def expect(self, layer: int, rows: range, keep: Tensor, valid: Tensor | None) -> None:
@@ -92,6 +94,7 @@ class Reservation:
         if tokens == 1:
             self.credit[layer] -= 1
         self.kept_most[layer] += tokens
+        self.empty[layer] = False
         if valid is None and len(rows) == self.cache.sequences:
             self.seen_least[layer] += tokens
 
@@ -119,6 +122,7 @@ class Reservation:
             self.credit[layer] -= tokens
             self.kept_most[layer] += tokens
             assert self.credit[layer] >= 0
+        self.empty = [False] * self.cache.layers
 
     def cancel(self) -> None:
         """Forget what was set aside: its pages are free, and counted so when the device is asked next."""
@@ -144,7 +148,8 @@ class Reservation:
             self.seen_least, self.kept_most, self.credit = before
 
     def ask(self) -> None:
-        """Read lengths and free pages from the device."""
+        """Read lengths and free pages from the device, whoever wrote them."""
+        self.empty = [False] * self.cache.layers
         self._learn(self._state().tolist())
 
     def _state(self) -> Tensor:

@@ -625,6 +625,28 @@ def test_pairs_that_do_not_fit_are_refused():
         cache.select(torch.tensor([0, 2]))
 
 
+def test_a_layer_is_empty_until_anything_may_have_been_written():
+    text = Text(2, 1, 2, 1, 9, 0.5)
+
+    def empty(cache):
+        return [cache.layer(layer).empty for layer in range(2)]
+
+    cache, other, stepped = (PackedCache(2, 2, 4, 4) for _ in range(3))
+    cache.allocate(text.key[0])
+    assert empty(cache) == [True, True]
+    cache.attend(0, *text.chunk(0, slice(0, 1), slice(0, 3)))
+    assert empty(cache) == [False, True]
+    other.load_state(cache.state())
+    assert empty(other) == [False, False]
+    stepped.allocate(text.key[0])
+    stepped.prepare(1)
+    stepped.spend(1)  # as if a graph had been replayed
+    assert empty(stepped) == [False, False]
+    cache.reset()
+    cache.allocate(text.key[0])
+    assert empty(cache) == [True, True]
+
+
 def test_reset_frees_everything():
     text = Text(1, 1, 1, 1, 40, 0.5)
     cache = PackedCache(1, 1, 4)

@@ -228,8 +228,11 @@ def test_a_cache_without_pages_is_no_past():
     chunk = draw_chunk(1, 2, 2, 20, 16, "skewed")
     past = fill([[0]], B=1, Hkv=2, D=16, window=5, P=4, density="all")
     assert past.pool.shape[0] == 0
-    actual = pruned_prefill(*chunk, window=5, scale=0.25, past=past, tile=SMALL)
-    assert torch.equal(actual, pruned_prefill(*chunk, window=5, scale=0.25, tile=SMALL))
+    expected = pruned_prefill(*chunk, window=5, scale=0.25, tile=SMALL)
+    assert torch.equal(pruned_prefill(*chunk, window=5, scale=0.25, past=past, tile=SMALL), expected)
+    # Nor is one that says so, whatever its tensors hold.
+    past = dataclasses.replace(fill([[9]], B=1, Hkv=2, D=16, window=5, P=4, density="all"), empty=True)
+    assert torch.equal(pruned_prefill(*chunk, window=5, scale=0.25, past=past, tile=SMALL), expected)
 
 
 def test_padding_changes_nothing():

@@ -105,8 +105,8 @@ def pruned_prefill(
     if not query.numel():
         return torch.zeros_like(query)
     codec = coded.name(past)
-    if past is not None and not past.pool.shape[0]:
-        past = None  # a cache that has no pages yet
+    if past is not None and (past.empty or not past.pool.shape[0]):
+        past = None
     recent = collect(key, value, keep, window=window, past=past, valid=valid, codec=codec)
     return attend(query, recent, tile, window=window, scale=scale, past=past, softcap=softcap, sinks=sinks)
 
