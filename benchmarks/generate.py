@@ -178,7 +178,7 @@ def _spkv(
     """Prefill of one sequence, and decode steps of as many copies of it as fit; one row fills `iso_budget` bytes."""
     length = ids.shape[1]
     cache = spkv.attachment(model).new_cache(page_dtype=page_dtype)
-    _read(model, cache, ids[:, :_PREFILL])  # compiles
+    _read(model, cache, ids[:, : 2 * _PREFILL])  # compiles, for a first chunk and for one after it
     cache.reset()
     seconds = _seconds(lambda: _read(model, cache, ids))
     held = cache.nbytes

@@ -88,6 +88,8 @@ def small_recipe(name: str = "fast", **changes: object) -> Recipe:
         soft_fraction=0.5,
         anneal_steps=3,
         warmup_fraction=0.2,
+        regulariser_form="linear",
+        target_density=None,
     )
     if name == "fast-lora":
         small |= dict(lora_rank=4, lora_alpha=8)

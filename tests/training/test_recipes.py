@@ -28,7 +28,13 @@ def test_the_predictor_learns_as_fast_with_lora() -> None:
 
 def test_the_control_differs_from_fast_in_its_gates_alone() -> None:
     fast, control = get_recipe("fast").to_dict(), get_recipe("dense-control").to_dict()
-    assert {key for key in fast if fast[key] != control[key]} == {"name", "gates", "regulariser"}
+    assert {key for key in fast if fast[key] != control[key]} == {
+        "name",
+        "gates",
+        "regulariser",
+        "regulariser_form",
+        "target_density",
+    }
 
 
 @pytest.mark.parametrize("name", RECIPES)
