@@ -31,7 +31,7 @@ class UtilityPredictor(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Start small around `initial_bias`: early decisions come from the bias, not from random weights."""
-        for layer in self._hidden_layers():
+        for layer in self.hidden_layers:
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
             nn.init.zeros_(layer.bias)
         nn.init.normal_(self.down.weight, std=0.1 * self.down.in_features**-0.5)
@@ -39,11 +39,13 @@ class UtilityPredictor(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map hidden states [batch, tokens, hidden_size] to utilities [batch, kv_heads, tokens], float32 in (0, 1)."""
-        for layer in self._hidden_layers():
+        for layer in self.hidden_layers:
             hidden_states = self.act(layer(hidden_states))
         # The sigmoid runs in float32: in bfloat16 utilities above 0.996 would all round to 1.
         return self.down(hidden_states).float().sigmoid().transpose(1, 2)
 
-    def _hidden_layers(self) -> list[nn.Linear]:
+    @property
+    def hidden_layers(self) -> list[nn.Linear]:
+        """All but the last, `down`; SiLU follows each."""
         layers: list[Any] = [self.up, *self.middle] if self.depth > 1 else []
         return layers

@@ -3,7 +3,8 @@
 A layer is some forty kernels: in a decode step most of them are a few elements wide, in training most of them move
 activations through memory and compute next to nothing. Compiling norms, rotary embedding and predictors (in training
 MLPs and the loss, too) one by one, not the model as a whole, takes seconds instead of minutes, since all layers share
-the same few functions, and it leaves attention, cache and hooks as they are.
+the same few functions, and it leaves attention, cache and hooks as they are. What a predictor does after its last wide
+layer is one kernel of ours in a decode step.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 import torch._dynamo
 import torch._inductor.config as inductor
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spkv.hf.families import find_decoder
@@ -52,7 +53,10 @@ def compiled_parts(model: PreTrainedModel, training: bool = False) -> Iterator[N
         undo.enter_context(torch._dynamo.config.patch(recompile_limit=_VARIANTS))  # type: ignore[no-untyped-call]
         module: Any
         for module in model.modules():
-            if _is_part(module) or (training and _is_plain_mlp(module)):
+            if not training and _ends_in_one_kernel(module):
+                module.forward = functools.partial(_utilities, module)
+                undo.callback(vars(module).pop, "forward")
+            elif _is_part(module) or (training and _is_plain_mlp(module)):
                 module.forward = functools.partial(_compile(type(module).forward, training), module)
                 undo.callback(vars(module).pop, "forward")
         for source in sources:
@@ -81,6 +85,27 @@ def _is_part(module: nn.Module) -> bool:
         return False
     is_norm = "Norm" in type(module).__name__ and not any(True for _ in module.children())
     return is_norm or isinstance(module, UtilityPredictor)
+
+
+def _ends_in_one_kernel(module: nn.Module) -> bool:
+    """A predictor for which `_utilities` can stand."""
+    return (
+        isinstance(module, UtilityPredictor)
+        and "forward" not in vars(module)
+        and module.depth > 1
+        and type(module.down) is nn.Linear
+        and module.down.weight.is_cuda
+    )
+
+
+def _utilities(predictor: UtilityPredictor, hidden_states: Tensor) -> Tensor:
+    """Its forward pass, for the few tokens of a decode step."""
+    from spkv.ops.triton.utility import utilities  # here is Triton, since here is a graph
+
+    *first, last = predictor.hidden_layers
+    for layer in first:
+        hidden_states = predictor.act(layer(hidden_states))
+    return utilities(last(hidden_states), predictor.down.weight, predictor.down.bias)
 
 
 def _is_plain_mlp(module: nn.Module) -> bool:
