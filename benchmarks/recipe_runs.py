@@ -1,17 +1,22 @@
 """The runs of `benchmarks.recipes`: each is a recipe with a name, and suites are lists of them.
 
-A run's increase of the loss is told from its control: the same model trained dense on the same tokens, with the same
-learning rate, sequence length and LoRA. Runs that agree in these share one control.
+A run may have a static layout in place of gates (`spkv hybrid` chooses one). A run's increase of the loss is told from
+its control: the same model trained dense on the same tokens, with the same learning rate, sequence length and LoRA.
+Runs that agree in these share one control.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from spkv.training.recipes import RECIPES, Recipe, get_recipe
+from spkv.checkpoint import stored_config
+from spkv.inspect.hybrid import REPORT
+from spkv.training.recipes import RECIPES, Recipe, get_recipe, with_layout
 
 BUDGETS = (10, 20, 50, 100)
 """Millions of training tokens."""
@@ -38,6 +43,7 @@ _UNUSED_BY_CONTROLS = (
     "regulariser_form",
     "freeze_model",
     "target_density",
+    "layout",
 )
 _RETRIEVAL = "+retrieval"
 _LENGTHS = ("steps", "tokens", "tokens_per_parameter")
@@ -45,15 +51,23 @@ _LENGTHS = ("steps", "tokens", "tokens_per_parameter")
 
 @dataclass(frozen=True)
 class Run:
-    """A run of the trainer: what it is called, what it does, and whether retrieval data are mixed in."""
+    """A run of the trainer: what it is called, what it does, and whether retrieval data are mixed in.
+
+    `strategy` and `coverage` say how its static layout was chosen, and what share of measured utility is in its global
+    heads.
+    """
 
     name: str
     recipe: Recipe
     retrieval: bool = False
+    strategy: str | None = None
+    coverage: float | None = None
 
     @property
     def method(self) -> str:
-        """What of the model is trained, or "dense" for a control."""
+        """What of the model is trained; "layout" with a static one, "dense" for a control."""
+        if self.recipe.layout is not None:
+            return "layout"
         if not self.recipe.gates:
             return "dense"
         if self.recipe.freeze_model:
@@ -71,6 +85,20 @@ class Run:
             return self
         name = " ".join([self.name, *_settings(changes)])
         return dataclasses.replace(self, name=name, recipe=self.recipe.replace(**changes))
+
+    def with_layout(self, directory: Path) -> Run:
+        """Train the layout of a checkpoint that `spkv hybrid` wrote, in place of gates.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        config = stored_config(directory)
+        if config is None or config.layout is None:
+            raise ValueError(f"{directory} holds no static layout; `spkv hybrid` writes them")
+        report = json.loads((directory / REPORT).read_text(encoding="utf-8"))
+        recipe = with_layout(self.recipe.replace(target_density=None), config)
+        name = f"{self.name} layout={report['strategy']}"
+        return Run(name, recipe, self.retrieval, report["strategy"], report["utility_covered"])
 
 
 def control_of(run: Run) -> Run:

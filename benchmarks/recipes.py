@@ -39,7 +39,7 @@ from benchmarks.recipe_results import Results
 from benchmarks.recipe_runs import SUITES, Run, control_of, known_controls, known_runs, with_controls
 from benchmarks.run import environment
 from spkv.checkpoint import load_base, resolve_model
-from spkv.gates import HardGate, OpenGate, RandomGate, SinkGate, ThresholdGate
+from spkv.gates import HardGate, LayoutGate, OpenGate, RandomGate, SinkGate, ThresholdGate
 from spkv.training import adapt
 from spkv.training.data import PackedRows, spread
 from spkv.training.tokens import Tokens, document_prefix, tokenize_files
@@ -121,7 +121,7 @@ class Suite:
         model = self._load(run)
         for policy, threshold in missing:
             self._check_time()
-            gate = self._gate(policy, threshold, identity)
+            gate = self._gate(run, policy, threshold, identity)
             found = measure(self._base(run) if policy == "base" else model, rows, gate, self.options.batch_size)
             dense = found if policy == "dense" else self.results.find(control, run.reference, None)
             if dense is None:
@@ -132,6 +132,7 @@ class Suite:
                 **trained,
                 "policy": policy,
                 "threshold": threshold,
+                **({"strategy": run.strategy, "coverage": run.coverage} if run.method == "layout" else {}),
                 **found,
                 "dense_loss": dense_loss,
                 "increase": found["loss"] / dense_loss - 1,
@@ -189,7 +190,7 @@ class Suite:
         gc.collect()
         directory = self._directory(run)
         options: dict[str, Any] = {"dtype": torch.float32}
-        if run.recipe.gates:
+        if not run.recipe.is_control:
             if run.recipe.lora_rank is None:
                 return spkv.load(directory, device=self.device, **options)
             return spkv.load(self.model, adapter=directory, device=self.device, **options)
@@ -206,10 +207,13 @@ class Suite:
         # With open gates it computes the same, and tells documents of a row apart as adapted models do.
         return spkv.attach(plain, run.recipe.config()).to(self.device).eval()
 
-    def _gate(self, policy: str, threshold: float | None, identity: dict[str, Any]) -> HardGate:
+    def _gate(self, run: Run, policy: str, threshold: float | None, identity: dict[str, Any]) -> HardGate:
         if policy == "spkv":
             assert threshold is not None
             return ThresholdGate(threshold)
+        if policy == "layout":
+            assert run.recipe.layout is not None
+            return LayoutGate(run.recipe.layout)
         if policy == "random":
             like = self.results.find(identity, "spkv", _reference(self.options.thresholds))
             assert like is not None
@@ -233,8 +237,10 @@ def _seconds(summary: dict[str, Any]) -> float | None:
 
 
 def _policies(run: Run, thresholds: Sequence[float], baselines: bool) -> list[tuple[str, float | None]]:
-    if not run.recipe.gates:
+    if run.recipe.is_control:
         return [("dense", None), ("base", None)]
+    if run.recipe.layout is not None:
+        return [("layout", None)]
     others: list[tuple[str, float | None]] = [(policy, None) for policy in ("streaming", "random", "open")]
     return [*(("spkv", threshold) for threshold in thresholds), *(others if baselines else [])]
 
@@ -276,8 +282,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _chosen(options: argparse.Namespace) -> Iterator[Run]:
     known = known_controls() | known_runs()
     chosen = [run for name in options.suite for run in SUITES[name]()] + [known[name] for name in options.runs]
-    changed = (run.with_changes(dict(options.set)) for run in chosen)
-    return changed if options.alone else with_controls(changed)
+    changed = [run.with_changes(dict(options.set)) for run in chosen]
+    changed += [run.with_layout(directory) for run in changed for directory in options.layouts]
+    return iter(changed) if options.alone else with_controls(changed)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -294,6 +301,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=[],
         metavar="FIELD=VALUE",
         help="change this of every run's recipe, as in tokens=200000; it joins the run's name",
+    )
+    parser.add_argument(
+        "--layouts",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="checkpoints by `spkv hybrid`: also train each run with their layouts, in place of gates",
     )
     parser.add_argument("--list", action="store_true", help="only print the names of the chosen runs and controls")
     parser.add_argument("--model", default="smollm2", help="directory, hub name or packaged model; default: smollm2")

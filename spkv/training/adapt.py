@@ -120,6 +120,9 @@ def adapt(
     stored = stored_config(model)
     if stored is not None and stored.layout is not None and recipe.gates:
         recipe = with_layout(recipe, stored)
+    config = recipe.config()
+    if stored is not None:
+        config = dataclasses.replace(config, page_size=stored.page_size, page_dtype=stored.page_dtype)
     if (finished := finished_run(output, resume)) is not None:
         return finished
     checkpoint = last_checkpoint(output) if resume else None
@@ -150,7 +153,7 @@ def adapt(
         if gradient_checkpointing:
             enable_recomputation(base)
         set_seed(seed)
-        return prepare_parameters(attach(base, recipe.config()), recipe)
+        return prepare_parameters(attach(base, config), recipe)
 
     prepared = build()
     steps = recipe.total_steps(base_parameters(prepared))

@@ -18,6 +18,7 @@ from benchmarks.losses import measure, whole_sequences
 from benchmarks.recipe_results import Results
 from benchmarks.recipe_runs import SUITES, Run, control_of, frontier, known_runs, with_controls
 from benchmarks.retrieval_data import retrieval_documents
+from spkv.checkpoint import load_base
 from spkv.evals import evaluate_nll
 from spkv.evals.policies import Policy
 from spkv.gates import RandomGate, SinkGate, ThresholdGate
@@ -107,6 +108,29 @@ def test_a_frozen_model_is_compared_with_itself(suite):
     assert opened["method"] == "frozen"
     assert opened["dense_loss"] == base["loss"]
     assert opened["increase"] == pytest.approx(0, abs=1e-6)
+
+
+def test_static_layouts_are_trained_beside_their_run_and_share_its_control(suite, work, tmp_path):
+    # What `spkv hybrid` writes: one of a layer's two heads stays global.
+    model = spkv.attach(load_base(work / "model"), spkv.SPKVConfig(window=8, layout=((0,), ())))
+    spkv.save(model, tmp_path / "hybrid")
+    report = {"strategy": "densest-heads", "utility_covered": 0.75}
+    (tmp_path / "hybrid" / "hybrid.json").write_text(json.dumps(report))
+    options = ["--layouts", tmp_path / "hybrid", "--no-baselines"]
+    code, rows = suite("20M-d0.2", settings=["target_density=0.2"], options=options)
+    assert code == 0
+    dense, _, *pruned, layout = rows
+    assert [row["policy"] for row in pruned] == ["spkv", "spkv"]
+    assert layout["run"] == pruned[0]["run"] + " layout=densest-heads"
+    wanted = ("layout", "layout", "densest-heads", 0.75, None)
+    assert tuple(layout[key] for key in ("policy", "method", "strategy", "coverage", "threshold")) == wanted
+    heads = 2 * 2
+    assert layout["density"] == pytest.approx(1 / heads)
+    assert layout["density"] < layout["kept_fraction"] < 1
+    assert layout["dense_loss"] == dense["loss"]
+    assert layout["loss"] != dense["loss"]
+    with pytest.raises(ValueError, match="model holds no static layout"):
+        suite("20M-d0.2", options=["--layouts", work / "model"])
 
 
 def test_a_stopped_suite_goes_on_to_the_same_rows(suite, tmp_path, monkeypatch):

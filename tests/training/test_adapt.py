@@ -106,7 +106,8 @@ def test_a_static_layout_is_trained_with_constant_gates(
     run, recipe_of, tmp_path, text_file, model_directory, tokenizer, lora_rank
 ) -> None:
     layout = ((1,), ())
-    base = attach(load_base(model_directory, dtype=torch.float32), spkv.SPKVConfig(window=8, layout=layout))
+    config = spkv.SPKVConfig(window=8, layout=layout, page_size=4, page_dtype="int8")
+    base = attach(load_base(model_directory, dtype=torch.float32), config)
     spkv.save(base, tmp_path / "hybrid")
     tokenizer.save_pretrained(tmp_path / "hybrid")
     recipe = recipe_of("fast" if lora_rank is None else "fast-lora")
@@ -117,7 +118,8 @@ def test_a_static_layout_is_trained_with_constant_gates(
     output = tmp_path / "out"
     assert not (output / "predictor.safetensors").exists()
     trained = spkv.load(output) if lora_rank is None else spkv.load(tmp_path / "hybrid", adapter=output)
-    assert spkv.attachment(trained).config.layout == layout
+    kept = spkv.attachment(trained).config
+    assert (kept.layout, kept.page_size, kept.page_dtype) == (layout, 4, "int8")
     rows = spread(PackedRows(tokenize_files([text_file], tokenizer, progress=False), 64), 600)
     total = tokens = 0.0
     for row in rows:
