@@ -8,6 +8,7 @@ for them: `reservation.py` sees to that.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -155,7 +156,8 @@ class PackedCache:
         packed, out = self.layer(layer, rows), None
         try:
             if query.shape[2] > 1:
-                out = pruned_prefill(query, key, value, keep, window=self.window, past=packed, valid=valid, **options)
+                past = dataclasses.replace(packed, empty=self._reservation.empty[layer])
+                out = pruned_prefill(query, key, value, keep, window=self.window, past=past, valid=valid, **options)
             moves = self.moves
             self._reservation.for_write(layer, rows, keep, valid)
             if self.moves != moves:
@@ -187,7 +189,6 @@ class PackedCache:
             free=self.pool.free,
             taken=self.pool.taken,
             scattered=self.pool.slabs,
-            empty=self._reservation.empty[layer],
             coded=coded,
         )
 
@@ -356,6 +357,7 @@ class PackedCache:
             self.reset()  # a part of a state would look like a whole one
             raise
         self._reservation.ask()
+        self._reservation.empty = [False] * self.layers
 
     def allocate(self, key: Tensor, group: int = 1) -> None:
         """Make the tensors, without pages, for sequences and pairs like those of key [B, Hkv, T, D].

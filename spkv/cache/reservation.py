@@ -10,6 +10,7 @@ Legend: B sequences, Hkv KV heads, P pairs in a page, w window.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from torch import Tensor
 from spkv.cache.pages import PoolFullError
 from spkv.cache.pool import PagePool, set_aside
 from spkv.ops.attention import count_pages
+from spkv.ops.reference import pages_held_and_new
 
 if TYPE_CHECKING:
     from spkv.cache.packed import PackedCache
@@ -141,15 +143,14 @@ class Reservation:
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
         """Nothing that happens inside counts."""
-        before = [*self.seen_least], [*self.kept_most], [*self.credit]
+        before = [*self.seen_least], [*self.kept_most], [*self.credit], [*self.empty]
         try:
             yield
         finally:
-            self.seen_least, self.kept_most, self.credit = before
+            self.seen_least, self.kept_most, self.credit, self.empty = before
 
     def ask(self) -> None:
-        """Read lengths and free pages from the device, whoever wrote them."""
-        self.empty = [False] * self.cache.layers
+        """Read lengths and free pages from the device."""
         self._learn(self._state().tolist())
 
     def _state(self) -> Tensor:
@@ -218,5 +219,14 @@ class Reservation:
 
     def _ask_for(self, layers: Sequence[int], rows: range, keep: Tensor, valid: Tensor | None) -> _Question:
         """Ask for `_state`, and what writing these tokens to each of the layers takes. Does not wait."""
-        counts = [count_pages(self.cache.layer(layer, rows), keep, valid) for layer in layers]
-        return _Question((layers[0], rows, keep), torch.cat([self._state(), *counts]))
+        cache, L = self.cache, len(layers)
+        if L == 1:
+            counts = count_pages(cache.layer(layers[0], rows), keep, valid)
+        else:
+            # All layers and sequences side by side, as if there were so many more sequences.
+            assert (L, len(rows), valid) == (cache.layers, cache.sequences, None)
+            seen, kept, ring_keep = cache.seen.flatten(), cache.kept.flatten(), cache.ring_keep.flatten(0, 1)
+            packed = dataclasses.replace(cache.layer(0), seen=seen, kept=kept, ring_keep=ring_keep)
+            _, ring, held, new = (n.view(L, -1) for n in pages_held_and_new(packed, keep.repeat(L, 1, 1)))
+            counts = torch.stack([ring.sum(1) * cache.kv_heads, new.sum(1), (held + new).amax(1)], 1).flatten()
+        return _Question((layers[0], rows, keep), torch.cat([self._state(), counts]))

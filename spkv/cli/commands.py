@@ -165,7 +165,9 @@ def adapt(
     recipe: Annotated[
         str, typer.Option(help="paper (long), fast (minutes), fast-lora (an adapter) or dense-control.")
     ] = "fast",
-    target_density: Annotated[float | None, typer.Option(help="Where the density should end, in (0, 1).")] = None,
+    target_density: Annotated[
+        float | None, typer.Option(help="Where the density should end, in (0, 1); default: the recipe's, 0.2 of fast.")
+    ] = None,
     lora_rank: Annotated[
         int | None, typer.Option(help="Train LoRA of this rank and save an adapter; default: the recipe's.")
     ] = None,

@@ -1,1 +1,1 @@
-"""The operators: gated attention for training, pruned prefill, packed decode, and the write into pages."""
+"""The operators: gated attention for training, pruned prefill, packed decode, the write into pages and its count."""

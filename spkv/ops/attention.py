@@ -278,7 +278,7 @@ def count_pages(
     Raises:
         ValueError, TypeError: for shapes or dtypes that do not fit.
     """
-    B, Hkv, T = packed.seen.shape[0], packed.kv_heads, keep.shape[2]
+    B, Hkv, T = packed.seen.shape[0], packed.kv_heads, keep.shape[-1]
     _check_bool("keep", keep, (B, Hkv, T))
     if valid is not None:
         _check_bool("valid", valid, (B, T))

@@ -53,7 +53,7 @@ class PackedLayer:
         taken: [1] int32, given with `free`: how many of its pages, from the start, were handed out so far.
         scattered: page ids say how many pages' bytes a page lies from the start of `pool`, and may lead out of it, to
             another allocation. Only implementations that compute addresses themselves can read such pages.
-        empty: a promise that no sequence has seen a token, which saves looking.
+        empty: a promise that no sequence has seen a token, which saves `pruned_prefill` looking.
         coded: where the kept pages are, if pairs are coded when they leave the window; None: in `pool`, as they are.
 
     With `free`, `write` hands pages out: a ring gets one when the first token enters it, a chain's end when an append

@@ -171,7 +171,7 @@ def packed_decode(
     )
 
 
-def needed_pages(
+def pages_held_and_new(
     packed: PackedLayer, keep: Tensor, valid: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What writing `keep`'s tokens [B, Hkv, T] takes: pages that each ring [B] holds and newly needs, and pages that
@@ -187,7 +187,7 @@ def needed_pages(
 
 def count_pages(packed: PackedLayer, keep: Tensor, valid: Tensor | None = None) -> Tensor:
     """See `spkv.ops.attention.count_pages`."""
-    _, ring_new, kept_held, kept_new = needed_pages(packed, keep, valid)
+    _, ring_new, kept_held, kept_new = pages_held_and_new(packed, keep, valid)
     return torch.stack([ring_new.sum() * packed.kv_heads, kept_new.sum(), (kept_held + kept_new).max()]).int()
 
 
@@ -230,7 +230,7 @@ def _hand_out(packed: PackedLayer, keep: Tensor, valid: Tensor | None) -> tuple[
     pages for.
     """
     Hkv = packed.kv_heads
-    ring_held, ring_new, kept_held, kept_new = needed_pages(packed, keep, valid)
+    ring_held, ring_new, kept_held, kept_new = pages_held_and_new(packed, keep, valid)
     ring_count = ring_new.repeat_interleave(Hkv)
     columns = ring_held.repeat_interleave(Hkv), packed.ring_pages + kept_held
     ring_granted = _grant(packed.table, columns[0], ring_count, packed.free, packed.taken)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from spkv.ops.attention import packed_decode, pruned_prefill, write
 from spkv.ops.packed import PackedLayer
-from spkv.ops.reference import needed_pages
+from spkv.ops.reference import pages_held_and_new
 from spkv.serving.ledger import Orders
 
 
@@ -104,7 +104,7 @@ class SlabCache:
     def _take_pages(self, rows: Tensor, packed: PackedLayer, keep: Tensor) -> None:
         """Enter the pages that writing these tokens takes into `packed.table`, and advance the cursors."""
         B, Hkv, T = keep.shape
-        ring_held, ring_new, kept_held, kept_new = needed_pages(packed, keep)
+        ring_held, ring_new, kept_held, kept_new = pages_held_and_new(packed, keep)
         ring_held, ring_new = (n[:, None].expand(B, Hkv) for n in (ring_held, ring_new))
         kept_held, kept_new = (n.view(B, Hkv) for n in (kept_held, kept_new))
         # [B, Hkv, 2]: pages of ring and kept pages, and the first column for each.

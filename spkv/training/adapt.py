@@ -119,6 +119,8 @@ def adapt(
     output = Path(output)
     stored = stored_config(model)
     if stored is not None and stored.layout is not None and recipe.gates:
+        if recipe.target_density is not None:
+            logger.warning("the static layout of the model fixes its density, so target_density has no effect")
         recipe = with_layout(recipe, stored)
     config = recipe.config()
     if stored is not None:

@@ -18,7 +18,7 @@ from spkv.training.regularisers import FORMS
 from spkv.training.schedule import Schedule
 
 START_OF_CONTROL = 0.015
-"""Lambda that a controlled density starts from by default: it gave density 0.28 in our trials."""
+"""Lambda that a controlled density starts from by default: with the linear form it gave density 0.28 in our trials."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Recipe:
         if self.target_density is not None:
             _check("target_density", self.target_density, "strictly in (0, 1)", lambda value: 0 < value < 1)
             if not self.gates:
-                raise ValueError("target_density needs gates")
+                raise ValueError("target_density needs gates: set it to None, or take the recipe dense-control")
         if self.layout is not None and self.gates:
             raise ValueError("a static layout has no gates to train: use `with_layout`")
         if self.lora_rank is not None:
@@ -219,8 +219,8 @@ def fast() -> Recipe:
 
     Gates start lower (bias 2), the predictor learns 25 times as fast as the model, and a controlled regulariser leads
     to a density of 0.2; hard gates for 35 % of the steps. Half-open gates pay nearly the full price, since a model
-    that reads through them misses what it read once gates are hard. With a target of 0.1, SmolLM2-135M keeps 0.098 at
-    +0.31 % loss after 50M tokens.
+    that reads through them misses what it read once gates are hard. SmolLM2-135M keeps 0.198 at +0.16 % loss after 10M
+    tokens, and with a target of 0.1 it keeps 0.098 at +0.31 % after 50M.
     """
     return dataclasses.replace(
         paper(),
@@ -254,16 +254,8 @@ def with_lora(recipe: Recipe, rank: int) -> Recipe:
 
 
 def with_layout(recipe: Recipe, config: SPKVConfig) -> Recipe:
-    """Vary a recipe to train a model with the static layout of `config`: its gates are constant.
-
-    Raises:
-        ValueError: if the recipe was given a density to aim at, which the layout has fixed.
-    """
-    if recipe.target_density not in (None, get_recipe(recipe.name).target_density):
-        raise ValueError("the model has a static layout, which fixes its density: target_density cannot be reached")
-    return dataclasses.replace(
-        recipe, gates=False, regulariser=0.0, target_density=None, window=config.window, layout=config.layout
-    )
+    """Vary a recipe to train a model with the static layout of `config`: its gates are constant, and so its density."""
+    return dataclasses.replace(_without_gates(recipe), window=config.window, layout=config.layout)
 
 
 def fast_lora() -> Recipe:
@@ -276,9 +268,11 @@ def dense_control() -> Recipe:
 
     Adaptation data alone changes a model's loss; what pruning costs is the difference to this run.
     """
-    return dataclasses.replace(
-        fast(), name="dense-control", gates=False, regulariser=0.0, regulariser_form="linear", target_density=None
-    )
+    return dataclasses.replace(_without_gates(fast()), name="dense-control")
+
+
+def _without_gates(recipe: Recipe) -> Recipe:
+    return dataclasses.replace(recipe, gates=False, regulariser=0.0, regulariser_form="linear", target_density=None)
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {

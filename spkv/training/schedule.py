@@ -126,13 +126,14 @@ class Schedule:
 
 
 class DensityController:
-    """Chooses the weight lambda of the regulariser `lambda * mean(u)` so that density ends at a target.
+    """Chooses the weight lambda of the regulariser `lambda * mean(penalty(u))` so that density ends at a target.
 
     A PI controller on log(lambda), whose error is log(measured density / wanted density). The wanted density falls
     from the first measurement to the target, evenly in its logarithm, over the first `RAMP` of the soft phase and
-    then stays. In logarithms the response of density to lambda is close to linear (about -0.8 in our trials), which
-    makes one pair of gains serve targets from 0.1 to 0.5. The controller acts `UPDATES` times in the soft phase,
-    whatever its length: a longer run has a slower predictor per unit of the schedule's time, but more steps in it.
+    then stays. In logarithms the response of density to lambda is close to linear (about -0.8 in our trials with the
+    linear form), which makes one pair of gains serve targets from 0.05 to 0.5. The controller acts `UPDATES` times in
+    the soft phase, whatever its length: a longer run has a slower predictor per unit of the schedule's time, but more
+    steps in it.
 
     Args:
         target: the density to end at, in (0, 1).

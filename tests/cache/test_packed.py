@@ -629,7 +629,7 @@ def test_a_layer_is_empty_until_anything_may_have_been_written():
     text = Text(2, 1, 2, 1, 9, 0.5)
 
     def empty(cache):
-        return [cache.layer(layer).empty for layer in range(2)]
+        return cache._reservation.empty
 
     cache, other, stepped = (PackedCache(2, 2, 4, 4) for _ in range(3))
     cache.allocate(text.key[0])
@@ -640,6 +640,9 @@ def test_a_layer_is_empty_until_anything_may_have_been_written():
     assert empty(other) == [False, False]
     stepped.allocate(text.key[0])
     stepped.prepare(1)
+    with stepped.uncounted():
+        stepped.attend(0, *text.chunk(0, slice(0, 1), slice(0, 1)))
+    assert empty(stepped) == [True, True]
     stepped.spend(1)  # as if a graph had been replayed
     assert empty(stepped) == [False, False]
     cache.reset()

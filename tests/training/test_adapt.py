@@ -130,11 +130,15 @@ def test_a_static_layout_is_trained_with_constant_gates(
     assert summary["validation_loss"] == pytest.approx(total / tokens, rel=1e-4)
 
 
-def test_a_layout_cannot_reach_another_density(run, recipe_of, tmp_path, model_directory, tokenizer) -> None:
-    base = attach(load_base(model_directory), spkv.SPKVConfig(layout=((), ())))
+def test_a_layout_fixes_its_density_whatever_the_recipe_aims_at(
+    run, recipe_of, tmp_path, model_directory, tokenizer, caplog
+) -> None:
+    base = attach(load_base(model_directory), spkv.SPKVConfig(window=8, layout=((), ())))
     spkv.save(base, tmp_path / "hybrid")
-    with pytest.raises(ValueError, match="which fixes its density: target_density cannot be reached"):
-        run(recipe_of(target_density=0.3), model=tmp_path / "hybrid")
+    tokenizer.save_pretrained(tmp_path / "hybrid")
+    summary = run(recipe_of(target_density=0.2, regulariser_form="concave"), model=tmp_path / "hybrid")
+    assert "so target_density has no effect" in caplog.text
+    assert summary["recipe"] == run(recipe_of(), "other", model=tmp_path / "hybrid")["recipe"]
 
 
 def test_a_run_with_a_layout_resumes(run, run_until, recipe_of, tmp_path, model_directory, tokenizer) -> None:

@@ -88,8 +88,8 @@ def packed_decode(
 def choose_tile(query: Tensor, page_codec: str = "") -> Tile:
     """The row of the table for a query's head size and dtype, and for the codec of pages, "" if they have none."""
     tile = _TILES[padded(query.shape[3])]
-    # fp8 takes the most registers to decode. Measured at head size 128, 8 and 48 sequences of 32k: halving the tile
-    # makes fp8 7 % faster where it matters, int8 24 % and int4 28 % slower.
+    # fp8 takes the most registers to decode. In a trial on an H200 (48 sequences of 32k, density 0.25, head size 128)
+    # a tile of half the size made fp8 7 % faster, and int8 24 % and int4 28 % slower.
     smaller = (query.element_size() == 4) + (page_codec == "fp8" and query.shape[3] > 64)
     return dataclasses.replace(tile, slots=tile.slots >> smaller)
 

@@ -1,6 +1,7 @@
 """Writing in Triton: ring insert, eviction, gated append and page hand-out of a layer, with no word from the host.
 
-One token a sequence takes one launch, a program a sequence. A chunk takes a few: mark which pairs leave the window
+One token a sequence takes one launch, a program a sequence. How many pages a chunk will take can be counted ahead, in
+one launch. A chunk itself takes a few: mark which pairs leave the window
 kept, count them along each chain (a prefix sum gives every pair its place at the chain's end), hand out pages, move
 the pairs, advance the lengths. Lengths are read by every program of a launch, so each launch either reads or writes
 them.
@@ -222,6 +223,11 @@ def _token(
 
 
 @triton.jit
+def _ring_pages(position, window, P: tl.constexpr):
+    return tl.cdiv(tl.minimum(position, window), P)
+
+
+@triton.jit
 def _arriving(order, b, T, mask):
     """n of each sequence b; 0 where masked."""
     n = tl.where(mask, T, 0)
@@ -291,7 +297,7 @@ def _count(
             keep, valid, order, ring_keep, chain, start + tl.arange(0, N), position, n, T, window,
             keep_stride_b, keep_stride_h, keep_stride_t, valid_stride_b, valid_stride_t, ring_keep_stride, Hkv,
         ).to(tl.int32)  # fmt: skip
-    ring_new = tl.cdiv(tl.minimum(position + n, window), P) - tl.cdiv(tl.minimum(position, window), P)
+    ring_new = _ring_pages(position + n, window, P) - _ring_pages(position, window, P)
     kept_then = tl.cdiv(end + tl.sum(leaving, 0), P)
     # Sums and maxima of integers do not depend on their order.
     tl.atomic_add(counts, ring_new, sem="relaxed")
@@ -309,8 +315,8 @@ def _needs(order, ends, seen, kept, chain, C, T, window, Hkv: tl.constexpr, P: t
     line = chain.to(tl.int64) * (window + T)
     leaving = tl.load(ends + line + window + T - 1, mask=exists, other=0)
     n = _arriving(order, b, T, exists)
-    ring_held, kept_held = tl.cdiv(tl.minimum(position, window), P), tl.cdiv(end, P)
-    ring_new = tl.cdiv(tl.minimum(position + n, window), P) - ring_held
+    ring_held, kept_held = _ring_pages(position, window, P), tl.cdiv(end, P)
+    ring_new = _ring_pages(position + n, window, P) - ring_held
     return ring_held, ring_new, kept_held, tl.cdiv(end + leaving, P) - kept_held
 
 
