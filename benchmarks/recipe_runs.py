@@ -44,6 +44,7 @@ _UNUSED_BY_CONTROLS = (
     "freeze_model",
     "target_density",
     "layout",
+    "sinks",
 )
 _RETRIEVAL = "+retrieval"
 _LENGTHS = ("steps", "tokens", "tokens_per_parameter")
@@ -97,7 +98,7 @@ class Run:
             raise ValueError(f"{directory} holds no static layout; `spkv hybrid` writes them")
         report = json.loads((directory / REPORT).read_text(encoding="utf-8"))
         recipe = with_layout(self.recipe.replace(target_density=None), config)
-        name = f"{self.name} layout={report['strategy']}"
+        name = f"{self.name} layout={report['strategy']}" + (f" sinks={config.sinks}" if config.sinks else "")
         return Run(name, recipe, self.retrieval, report["strategy"], report["utility_covered"])
 
 

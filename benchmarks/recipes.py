@@ -213,7 +213,7 @@ class Suite:
             return ThresholdGate(threshold)
         if policy == "layout":
             assert run.recipe.layout is not None
-            return LayoutGate(run.recipe.layout)
+            return LayoutGate(run.recipe.layout, run.recipe.sinks)
         if policy == "random":
             like = self.results.find(identity, "spkv", _reference(self.options.thresholds))
             assert like is not None

@@ -34,6 +34,7 @@ class SPKVConfig:
             them in the model's dtype; a sequence says it for each layer of the model.
         layout: a static layout in place of utilities and predictors: for each layer of the model, the KV heads that
             keep every pair; the others keep their window only. A layer that is local by design has none.
+        sinks: with a layout, positions at the start of a sequence that all heads keep (attention sinks).
     """
 
     window: int = 128
@@ -45,6 +46,7 @@ class SPKVConfig:
     page_size: int = 16
     page_dtype: PageDtype = None
     layout: tuple[tuple[int, ...], ...] | None = None
+    sinks: int = 0
 
     def __post_init__(self) -> None:
         _check_positive_int("window", self.window)
@@ -65,6 +67,10 @@ class SPKVConfig:
             object.__setattr__(self, "layout", _checked_layout(self.layout))
             if self.layers is not None:
                 raise ValueError("a static layout has no predictors: layers and layout exclude each other")
+        if isinstance(self.sinks, bool) or not isinstance(self.sinks, int) or self.sinks < 0:
+            raise ValueError(f"sinks must be a whole number of at least 0, not {self.sinks!r}")
+        if self.sinks and self.layout is None:
+            raise ValueError("sinks belong to a static layout: learned gates decide about first tokens themselves")
 
     def replace(self, **changes: Any) -> SPKVConfig:
         """Return a copy with some fields changed, checked again."""

@@ -156,20 +156,22 @@ class OpenGate(HardGate):
 
 @dataclass(frozen=True)
 class LayoutGate(HardGate):
-    """A static layout: some heads keep every pair, the others none, whatever the utilities.
+    """A static layout: some heads keep every pair, the others none but a sequence's first, whatever the utilities.
 
     Attributes:
         layout: for each layer of the model, the KV heads that keep.
+        sinks: positions at the start that all heads keep.
     """
 
     layout: tuple[tuple[int, ...], ...]
+    sinks: int = 0
 
     def keep(self, utility: Tensor, *, layer: int, position: Tensor) -> Tensor:
         # Filled head by head on the device: a CUDA graph could not copy a list from the host.
         heads = torch.zeros(utility.shape[1], 1, dtype=torch.bool, device=utility.device)
         for head in self.layout[layer]:
             heads[head].fill_(True)
-        return heads.expand_as(utility)
+        return (heads | (position < self.sinks).unsqueeze(1)).expand_as(utility)
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,8 @@ def test_a_config_survives_json():
         ({"layout": [[0], [-1]]}, ValueError, r"layout must list KV heads, counted from 0, for each layer, not \[-1\]"),
         ({"layout": [[0]], "layers": (0,)}, ValueError, "layers and layout exclude each other"),
         ({"page_size": 0}, ValueError, "page_size must be at least 1"),
+        ({"layout": [[]], "sinks": -1}, ValueError, "sinks must be a whole number of at least 0, not -1"),
+        ({"sinks": 4}, ValueError, "sinks belong to a static layout"),
     ],
 )
 def test_bad_fields_are_named(fields, error, message):
@@ -58,7 +60,7 @@ def test_bad_fields_are_named(fields, error, message):
 
 
 def test_a_layout_round_trips_as_json():
-    config = SPKVConfig(layout=((1, 0, 1), (), (2,)))
+    config = SPKVConfig(layout=((1, 0, 1), (), (2,)), sinks=4)
     assert config.layout == ((0, 1), (), (2,))
     assert SPKVConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 

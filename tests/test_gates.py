@@ -136,6 +136,14 @@ def test_a_layout_decides_by_layer_and_head_alone():
     assert gate.log_gate(utility, layer=0, position=position)[1, :, 4].tolist() == [0, float("-inf"), 0]
 
 
+def test_sinks_of_a_layout_are_kept_by_all_heads_of_all_sequences():
+    gate = LayoutGate(((0,), ()), sinks=2)
+    position = torch.tensor([[0, 1, 2, 3], [3, 0, 1, 2]])
+    keep = gate.keep(torch.rand(2, 2, 4), layer=0, position=position)
+    assert keep[:, 0].all()
+    assert keep[:, 1].tolist() == [[True, True, False, False], [False, True, True, False]]
+
+
 def test_a_new_predictor_starts_at_its_bias():
     hidden = torch.randn(2, 9, 32)
     utility = UtilityPredictor(32, 3, initial_bias=5.0)(hidden)

@@ -72,6 +72,7 @@ def hybrid(
     strategy: Annotated[
         str, typer.Option(help="densest-heads, densest-layers, interleave, random or learned.")
     ] = "densest-heads",
+    sinks: Annotated[int, typer.Option(help="First tokens of a text that local heads keep, too, such as 4.")] = 0,
     length: Annotated[
         int | None, typer.Option(help="Tokens at which the budget holds; default: the model's positions.")
     ] = None,
@@ -98,6 +99,8 @@ def hybrid(
     """
     if (global_heads is None) == (kv_budget is None):
         raise ValueError("give one of --global-heads N and --kv-budget F")
+    if sinks < 0:
+        raise ValueError(f"--sinks must be at least 0, not {sinks}")
     with working() as progress:
         from spkv.inspect import encode_pieces
         from spkv.inspect.hybrid import heads_in_budget, hybrid_layout, make_hybrid, write_hybrid
@@ -110,7 +113,7 @@ def hybrid(
             inspection = _inspect(loaded, tokenizer, texts, model, tokens, 0, progress)
             if global_heads is None:
                 assert kv_budget is not None
-                global_heads = heads_in_budget(inspection, kv_budget, at, strategy)
+                global_heads = heads_in_budget(inspection, kv_budget, at, strategy, sinks)
             scores = None
             if strategy == "learned":
                 scores = learn_heads(
@@ -120,7 +123,7 @@ def hybrid(
                     LearningOptions(steps, sequence_length=sequence_length, seed=seed),
                     progress=lambda done: progress("learning", done, steps),
                 )
-            layout = hybrid_layout(inspection, global_heads, strategy, seed=seed, scores=scores)
+            layout = hybrid_layout(inspection, global_heads, strategy, sinks=sinks, seed=seed, scores=scores)
             make_hybrid(loaded, layout)
             report = write_hybrid(loaded, layout, inspection, output, length=at)
             tokenizer.save_pretrained(output)

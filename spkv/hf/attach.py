@@ -70,10 +70,10 @@ class Attachment:
     def default_gate(self) -> HardGate:
         """The gate that the config asks for."""
         config = self.config
-        return ThresholdGate(config.threshold) if config.layout is None else LayoutGate(config.layout)
+        return ThresholdGate(config.threshold) if config.layout is None else LayoutGate(config.layout, config.sinks)
 
     def layout_density(self) -> float:
-        """Share of the KV heads in global layers that a static layout keeps."""
+        """Share of the KV heads in global layers that a static layout keeps; sinks not counted."""
         assert self.config.layout is not None
         heads = len(self.decoder.global_layers) * self.decoder.kv_heads
         return sum(map(len, self.config.layout)) / heads

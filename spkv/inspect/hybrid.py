@@ -40,6 +40,7 @@ class HybridLayout:
         utility_covered: sum of the utilities of their pairs / sum of all, of pairs that have left the window.
         kept_covered: the same of pairs that the gates kept; None if they kept none.
         window: w.
+        sinks: first positions of a sequence that local heads keep, too.
     """
 
     strategy: str
@@ -48,6 +49,7 @@ class HybridLayout:
     utility_covered: float
     kept_covered: float | None
     window: int
+    sinks: int = 0
 
     @property
     def global_heads(self) -> int:
@@ -57,7 +59,7 @@ class HybridLayout:
     def kept_fraction(self, length: int) -> float:
         """Pairs held at `length` tokens / pairs that a dense cache would hold."""
         share = self.global_heads / self.heads.numel()
-        return share + (1 - share) * min(length, self.window) / length
+        return share + (1 - share) * min(length, self.window + self.sinks) / length
 
     def for_model(self, model_layers: int) -> tuple[tuple[int, ...], ...]:
         """The layout as `SPKVConfig` takes it, for a model with so many layers."""
@@ -72,6 +74,7 @@ class HybridLayout:
             "strategy": self.strategy,
             "global_heads": self.global_heads,
             "heads": self.heads.numel(),
+            "sinks": self.sinks,
             "utility_covered": self.utility_covered,
             "kept_covered": self.kept_covered,
             "layout": {
@@ -81,7 +84,13 @@ class HybridLayout:
 
 
 def hybrid_layout(
-    inspection: Inspection, global_heads: int, strategy: str, *, seed: int = 0, scores: Tensor | None = None
+    inspection: Inspection,
+    global_heads: int,
+    strategy: str,
+    *,
+    sinks: int = 0,
+    seed: int = 0,
+    scores: Tensor | None = None,
 ) -> HybridLayout:
     """Choose the heads that stay global.
 
@@ -89,6 +98,7 @@ def hybrid_layout(
         inspection: the utilities are those of its documents.
         global_heads: N, 0 to L * Hkv; the strategies that take whole layers need a multiple of Hkv.
         strategy: one of `STRATEGIES`.
+        sinks: first positions of a sequence that local heads keep, too (attention sinks, arXiv 2309.17453).
         seed: of `random`.
         scores: [L, Hkv] for `learned`, from `spkv.inspect.learned.learn_heads`.
 
@@ -118,21 +128,23 @@ def hybrid_layout(
         utility_covered=(utility[heads].sum() / utility.sum()).item(),
         kept_covered=(kept[heads].sum() / kept.sum()).item() if kept.any() else None,
         window=inspection.window,
+        sinks=sinks,
     )
 
 
-def heads_in_budget(inspection: Inspection, budget: float, length: int, strategy: str) -> int:
+def heads_in_budget(inspection: Inspection, budget: float, length: int, strategy: str, sinks: int = 0) -> int:
     """The most heads that can stay global if a sequence of `length` tokens may hold `budget` of its dense pairs.
 
     Raises:
-        ValueError: if the windows alone exceed the budget, or the budget is not in (0, 1].
+        ValueError: if windows and sinks alone exceed the budget, or the budget is not in (0, 1].
     """
     if not 0 < budget <= 1:
         raise ValueError(f"kv_budget must be above 0 and at most 1, not {budget:g}")
     layers, heads = inspection.density_by_head().shape
-    local = min(length, inspection.window) / length
+    local = min(length, inspection.window + sinks) / length
     if budget < local:
-        raise ValueError(f"the windows alone hold {local:.3g} of {length:,} tokens; kv_budget {budget:g} is below that")
+        alone = "windows and sinks" if sinks else "windows"
+        raise ValueError(f"the {alone} alone hold {local:.3g} of {length:,} tokens; kv_budget {budget:g} is below that")
     share = (budget - local) / (1 - local) if local < 1 else 1.0
     step = heads if strategy in LAYER_STRATEGIES else 1
     # The smallest float above an exact number of heads must not cost one.
@@ -153,6 +165,7 @@ def make_hybrid(model: PreTrainedModel, layout: HybridLayout) -> PreTrainedModel
         page_size=found.config.page_size,
         page_dtype=found.page_dtype,
         layout=layout.for_model(len(found.decoder.attentions)),
+        sinks=layout.sinks,
     )
     detach(model)
     return attach(model, config)

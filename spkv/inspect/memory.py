@@ -39,7 +39,8 @@ def kv_bytes(
     local = len(decoder.attentions) - len(decoder.global_layers)
     rows = []
     for length in lengths:
-        kept = density * max(0, length - config.window)
+        left = max(0, length - config.window)
+        kept = (density * left).clamp_min(min(config.sinks, left))
         ring = -(-min(length, config.window) // config.page_size) * page
         sliding = min(length, getattr(decoder.config, "sliding_window", None) or 0)
         beside = local * decoder.kv_heads * sliding * pair

@@ -55,7 +55,8 @@ class Recipe:
         lora_rank: rank of LoRA on the linear layers of the decoder; None trains the whole model.
         lora_alpha: LoRA's scale is lora_alpha / lora_rank.
         freeze_model: train the predictor alone. Published: it then keeps 82 % of the pairs; for comparison only.
-        layout: a static layout, as in `SPKVConfig`, that the model is trained with; then there are no gates to learn.
+        layout, sinks: a static layout, as in `SPKVConfig`, that the model is trained with; then there are no gates to
+            learn.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Recipe:
     lora_alpha: int | None = None
     freeze_model: bool = False
     layout: tuple[tuple[int, ...], ...] | None = None
+    sinks: int = 0
 
     def __post_init__(self) -> None:
         self.config()  # checks its own fields
@@ -147,6 +149,7 @@ class Recipe:
             predictor_depth=self.predictor_depth,
             initial_bias=self.initial_bias,
             layout=self.layout,
+            sinks=self.sinks,
         )
 
     @property
@@ -255,7 +258,7 @@ def with_lora(recipe: Recipe, rank: int) -> Recipe:
 
 def with_layout(recipe: Recipe, config: SPKVConfig) -> Recipe:
     """Vary a recipe to train a model with the static layout of `config`: its gates are constant, and so its density."""
-    return dataclasses.replace(_without_gates(recipe), window=config.window, layout=config.layout)
+    return dataclasses.replace(_without_gates(recipe), window=config.window, layout=config.layout, sinks=config.sinks)
 
 
 def fast_lora() -> Recipe:

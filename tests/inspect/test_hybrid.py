@@ -70,6 +70,11 @@ def test_budgets_become_heads():
         heads_in_budget(inspection, 0.001, 1000, "random")
     with pytest.raises(ValueError, match="kv_budget must be above 0 and at most 1, not 1.5"):
         heads_in_budget(inspection, 1.5, 1000, "random")
+    budget = (2 * 1000 + 6 * (WINDOW + 4)) / 8000
+    assert heads_in_budget(inspection, budget, 1000, "random", sinks=4) == 2
+    assert hybrid_layout(inspection, 2, "random", sinks=4).kept_fraction(1000) == pytest.approx(budget)
+    with pytest.raises(ValueError, match="the windows and sinks alone hold 0.012 of 1,000 tokens"):
+        heads_in_budget(inspection, 0.01, 1000, "random", sinks=4)
 
 
 def test_bad_choices_are_named():
@@ -85,11 +90,11 @@ def test_bad_choices_are_named():
         hybrid_layout(measured(FOUR, window=100), 1, "random")
 
 
-@pytest.fixture
-def hybrid(known_gates, tokenizer):
+@pytest.fixture(params=[0, 3])
+def hybrid(request, known_gates, tokenizer):
     """Layer 1's head 0 keeps everything, and so does the head of layer 0 that keeps what is no digit."""
     inspection = inspect_texts(known_gates, tokenizer, [("a", "Room 12 has 345 chairs, and many words.")], strongest=0)
-    layout = hybrid_layout(inspection, 2, "densest-heads")
+    layout = hybrid_layout(inspection, 2, "densest-heads", sinks=request.param)
     assert layout.for_model(2) == ((1,), (0,))
     return make_hybrid(known_gates, layout), layout, inspection
 
@@ -129,7 +134,7 @@ def test_the_oracle_of_a_hybrid_sees_less_than_dense_attention(hybrid):
 def test_a_hybrid_holds_the_memory_it_claims(hybrid, tmp_path):
     model, layout, inspection = hybrid
     cache = model(torch.randint(1, 257, (1, T)), use_cache=True).past_key_values
-    assert cache.packed.kept_pairs()[:, 0].tolist() == [[0, T - WINDOW], [T - WINDOW, 0]]
+    assert cache.packed.kept_pairs()[:, 0].tolist() == [[layout.sinks, T - WINDOW], [T - WINDOW, layout.sinks]]
     assert cache.kept_fraction() == pytest.approx(layout.kept_fraction(T))
     report = write_hybrid(model, layout, inspection, tmp_path, length=T)
     assert report["kv_bytes"] == cache.packed.pages_in_use() * cache.packed.pool.page_bytes
@@ -156,7 +161,8 @@ def test_a_hybrid_loads_in_a_fresh_process(hybrid, tmp_path):
 
 def test_a_hybrid_can_be_inspected(hybrid, tokenizer):
     inspection = inspect_texts(hybrid[0], tokenizer, [("a", "Some words and 3 numbers, 4 and 5.")])
-    assert inspection.density_by_head().tolist() == [[0, 1], [1, 0]]
+    sinks = hybrid[1].sinks / inspection.left
+    torch.testing.assert_close(inspection.density_by_head(), torch.tensor([[sinks, 1], [1, sinks]], dtype=torch.double))
     assert inspection.threshold is None
     assert inspection.documents[0].later is not None
 
