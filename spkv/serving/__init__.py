@@ -1,7 +1,7 @@
-"""Serving through vLLM: a plugin that gives a self-pruned Llama its cache, whose freed memory takes more requests.
+"""Serving through vLLM: a plugin that gives a self-pruned model its cache, whose freed memory takes more requests.
 
 How the parts meet: `settings.py` sets vLLM up for such a model, or says why it cannot be served. `model.py` is vLLM's
-Llama with predictors; its attention layers (`attention.py`) keep their pairs in `slabs.py`, inside the memory that
+models with predictors; their attention layers (`attention.py`) keep their pairs in `slabs.py`, inside the memory that
 vLLM allocates. `manager.py` hands its blocks out as slabs, by the book that `ledger.py` keeps, and `connector.py`
 carries orders from the scheduler to the workers and back what was used.
 

@@ -77,10 +77,12 @@ class SelfPrunedAttention(nn.Module, AttentionLayerBase):  # type: ignore[misc]
 
     Attributes:
         config: the SPKVConfig.
+        keep: [1, Hkv, n] bool, which pairs of the coming call are kept; set before each.
         cache: shared by all layers; the connector sets it once vLLM has allocated the memory.
     """
 
     cache: SlabCache
+    keep: Tensor
 
     def __init__(
         self, vllm_config: Any, name: str, layer: int, heads: int, kv_heads: int, head_size: int, scale: float
@@ -92,8 +94,8 @@ class SelfPrunedAttention(nn.Module, AttentionLayerBase):  # type: ignore[misc]
         self.kv_cache = torch.empty(0)
         vllm_config.compilation_config.static_forward_context[name] = self
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, keep: Tensor) -> Tensor:
-        """query [n, H * D], key and value [n, Hkv * D], keep [1, Hkv, n] -> [n, H * D]."""
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """query [n, H * D], key and value [n, Hkv * D] -> [n, H * D]."""
         out = torch.zeros_like(query)
         batches = get_forward_context().attn_metadata
         if batches is None:  # vLLM measures memory
@@ -102,7 +104,7 @@ class SelfPrunedAttention(nn.Module, AttentionLayerBase):  # type: ignore[misc]
         rows = self.cache.row_of_slab[batch.first_slabs].long()
         queries, outs = (t.view(-1, self.num_heads, self.head_size) for t in (query, out))
         keys, values = (t.view(-1, self.kv_heads, self.head_size) for t in (key, value))
-        keeps = keep[0].T  # [n, Hkv]
+        keeps = self.keep[0].T  # [n, Hkv]
         n = batch.single
         if n:
             new = [t[:n].unsqueeze(2) for t in (queries, keys, values, keeps)]

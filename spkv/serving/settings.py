@@ -64,8 +64,8 @@ class Settings:
         model_config.enforce_eager = True
 
 
-class LlamaSettings:
-    """As `Settings`, called for every Llama: a directory that says it is self-pruned is served as what it is."""
+class BaseSettings:
+    """As `Settings`, called for every model of a family: a directory that says it is self-pruned is served as such."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
@@ -75,9 +75,10 @@ class LlamaSettings:
     def verify_and_update_config(vllm_config: Any) -> None:
         from spkv.serving import versions
 
-        # On the hub this would be one more request for every Llama; there the architecture must be named.
+        # On the hub this would be one more request for every model; there the architecture must be named.
         if (Path(vllm_config.model_config.model) / CONFIG_FILE).is_file():
-            vllm_config.model_config.hf_config.architectures = [versions.ARCHITECTURE]
+            hf_config = vllm_config.model_config.hf_config
+            hf_config.architectures = [versions.ARCHITECTURES[hf_config.architectures[0]]]
             Settings.verify_and_update_config(vllm_config)
 
 
@@ -102,6 +103,8 @@ def check_model(stored: dict[str, Any], hf_config: Any) -> SPKVConfig:
         raise ValueError("models with a static layout cannot be served yet")
     if any(kind != "full_attention" for kind in getattr(hf_config, "layer_types", None) or ()):
         raise ValueError("models with sliding-window layers cannot be served yet")
+    if getattr(hf_config, "dual_chunk_attention_config", None):
+        raise ValueError("models with dual-chunk attention cannot be served")
     return config
 
 

@@ -19,8 +19,10 @@ except ModuleNotFoundError as error:
         raise
     raise ModuleNotFoundError("serving needs vLLM: pip install 'spkv[vllm]'", name="vllm") from error
 
-# The name in `config.json` that selects our model class.
-ARCHITECTURE = "SPKVLlamaForCausalLM"
+# By a model's own name in `config.json`: the name that selects our class for it.
+ARCHITECTURES = {
+    f"{family}ForCausalLM": f"SPKV{family}ForCausalLM" for family in ("Llama", "Mistral", "Qwen2", "Qwen3")
+}
 CONNECTOR = "SPKVConnector"
 _FIRST, _LAST = (0, 32), (0, 32)
 
@@ -46,12 +48,14 @@ def register() -> None:
     """
     from spkv.serving import settings
 
-    ModelRegistry.register_model(ARCHITECTURE, f"spkv.serving.model:{ARCHITECTURE}")
+    for ours in ARCHITECTURES.values():
+        ModelRegistry.register_model(ours, f"spkv.serving.model:{ours}")
     with contextlib.suppress(ImportError):
         from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-        MODELS_CONFIG_MAP[ARCHITECTURE] = settings.Settings
-        MODELS_CONFIG_MAP.setdefault("LlamaForCausalLM", settings.LlamaSettings)
+        for base, ours in ARCHITECTURES.items():
+            MODELS_CONFIG_MAP[ours] = settings.Settings
+            MODELS_CONFIG_MAP.setdefault(base, settings.BaseSettings)
     try:
         check_version()
     except ImportError:

@@ -106,6 +106,22 @@ def scheduler(llm):
     return llm.llm_engine.engine_core.engine_core.scheduler
 
 
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def test_other_families(tmp_path, family):
+    TINY["write"](tmp_path, family=family)
+    model, requests = spkv.load(tmp_path), prompts(10, 200, 3)
+    llm = vllm.LLM(str(tmp_path), dtype="float32", max_model_len=256, max_num_seqs=4, max_num_batched_tokens=64)
+    try:
+        tokens, history = run(llm, requests)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+    longest = [held["1"] for held, *_ in history if "1" in held]
+    assert longest[-1] < dense_blocks(200 + NEW)
+    for prompt, made in zip(requests, tokens, strict=True):
+        options = dict(max_new_tokens=NEW, do_sample=False, eos_token_id=None, min_new_tokens=NEW)
+        assert made == model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_mixed_lengths_together_equal_generate_and_free_memory_while_they_run(engine, expected, late, monkeypatch):
     from spkv.serving import versions

@@ -1,4 +1,4 @@
-"""Writes a tiny random self-pruned Llama, with a tokenizer of one word a number: python tiny_checkpoint.py DIR."""
+"""Writes a tiny random self-pruned model, with a tokenizer of one word a number: python tiny_checkpoint.py DIR."""
 
 import sys
 
@@ -6,16 +6,17 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import spkv
 
 VOCABULARY = 199
 
 
-def write(directory, window=20, layers=None, density=0.5):
+def write(directory, window=20, layers=None, density=0.5, family="llama"):
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        family,
         vocab_size=VOCABULARY,
         hidden_size=128,
         intermediate_size=128,
@@ -27,6 +28,7 @@ def write(directory, window=20, layers=None, density=0.5):
         initializer_range=0.3,  # far from uniform, so that greedy choices are clear
         bos_token_id=1,
         eos_token_id=2,
+        sliding_window=None,
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     spkv.attach(model, spkv.SPKVConfig(window=window, layers=layers))
