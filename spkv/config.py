@@ -33,7 +33,7 @@ class SPKVConfig:
         page_dtype: one of `PAGE_DTYPES` codes kept pairs when they leave the window (see `spkv.ops.codec`); None keeps
             them in the model's dtype; a sequence says it for each layer of the model.
         layout: a static layout in place of utilities and predictors: for each layer of the model, the KV heads that
-            keep every pair; the others keep their window only. A layer that is local by design has none.
+            keep every pair; the others keep their window, and `sinks`. A layer that is local by design has none.
         sinks: with a layout, positions at the start of a sequence that all heads keep (attention sinks).
     """
 

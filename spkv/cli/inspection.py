@@ -72,7 +72,7 @@ def hybrid(
     strategy: Annotated[
         str, typer.Option(help="densest-heads, densest-layers, interleave, random or learned.")
     ] = "densest-heads",
-    sinks: Annotated[int, typer.Option(help="First tokens of a text that local heads keep, too, such as 4.")] = 0,
+    sinks: Annotated[int, typer.Option(help="First tokens of a text that local heads keep, too.")] = 4,
     length: Annotated[
         int | None, typer.Option(help="Tokens at which the budget holds; default: the model's positions.")
     ] = None,
@@ -87,7 +87,7 @@ def hybrid(
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """Turn measured utilities into a static layout: global heads, and local ones that hold their window only.
+    """Turn measured utilities into a static layout: global heads, and local ones that hold window and first tokens.
 
     Strategy learned trains a gate for each head and no weights: it looks for the heads that the model's predictions
     need, and takes the longest. Writes a checkpoint that needs no predictors. It has not been trained with this layout:

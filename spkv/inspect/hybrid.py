@@ -1,7 +1,8 @@
-"""Hybrid layouts: from measured utilities to heads that keep everything and heads that keep their window only.
+"""Hybrid layouts: from measured utilities to heads that keep everything and heads that keep their window.
 
 The heads that SP-KV keeps densest become global, all others local (SP-KV, arXiv 2605.14037, as an architecture
-probe). Such a layout needs no predictors, and runs in the same cache and kernels.
+probe); local ones keep a few first positions, too. Such a layout needs no predictors, and runs in the same cache and
+kernels.
 
 Legend: L global layers, Hkv KV heads, N heads that stay global, w window.
 """
@@ -27,6 +28,8 @@ from spkv.inspect.inspection import Inspection
 from spkv.inspect.memory import kv_bytes
 
 REPORT = "hybrid.json"
+SINKS = 4
+"""First positions that local heads keep by default: without them attention has nowhere to rest (arXiv 2309.17453)."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def hybrid_layout(
     global_heads: int,
     strategy: str,
     *,
-    sinks: int = 0,
+    sinks: int = SINKS,
     seed: int = 0,
     scores: Tensor | None = None,
 ) -> HybridLayout:
@@ -98,7 +101,7 @@ def hybrid_layout(
         inspection: the utilities are those of its documents.
         global_heads: N, 0 to L * Hkv; the strategies that take whole layers need a multiple of Hkv.
         strategy: one of `STRATEGIES`.
-        sinks: first positions of a sequence that local heads keep, too (attention sinks, arXiv 2309.17453).
+        sinks: first positions of a sequence that local heads keep, too.
         seed: of `random`.
         scores: [L, Hkv] for `learned`, from `spkv.inspect.learned.learn_heads`.
 
@@ -132,7 +135,7 @@ def hybrid_layout(
     )
 
 
-def heads_in_budget(inspection: Inspection, budget: float, length: int, strategy: str, sinks: int = 0) -> int:
+def heads_in_budget(inspection: Inspection, budget: float, length: int, strategy: str, sinks: int = SINKS) -> int:
     """The most heads that can stay global if a sequence of `length` tokens may hold `budget` of its dense pairs.
 
     Raises:

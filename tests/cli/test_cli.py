@@ -320,6 +320,9 @@ def test_inspect_writes_a_page_and_its_data(run_json, run, whole, text_file, tmp
 def test_hybrid_writes_a_checkpoint_that_other_commands_take(run_json, whole, text_file, tmp_path):
     output = tmp_path / "hybrid"
     given = ("hybrid", whole, "--text", text_file, "--tokens", 200, "--output", output)
+    report = run_json(*given, "--global-heads", 1)
+    assert (report["sinks"], report["kept_fraction"]) == (4, pytest.approx(0.25 + 0.75 * (16 + 4) / 256))
+    given = (*given, "--sinks", 0)
     report = run_json(*given, "--global-heads", 1, "--strategy", "random", "--seed", 3)
     assert json.loads((output / "hybrid.json").read_text()) == report
     assert (report["global_heads"], report["heads"], report["length"]) == (1, 4, 256)

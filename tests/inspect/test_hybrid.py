@@ -63,11 +63,12 @@ def test_budgets_become_heads():
     inspection = measured(FOUR)
     for count in range(9):
         budget = (count * 1000 + (8 - count) * WINDOW) / 8000
-        assert heads_in_budget(inspection, budget, 1000, "densest-heads") == count
-        assert heads_in_budget(inspection, budget, 1000, "interleave") == count // 2 * 2
-        assert hybrid_layout(inspection, count, "densest-heads").kept_fraction(1000) == pytest.approx(budget)
+        assert heads_in_budget(inspection, budget, 1000, "densest-heads", sinks=0) == count
+        assert heads_in_budget(inspection, budget, 1000, "interleave", sinks=0) == count // 2 * 2
+        chosen = hybrid_layout(inspection, count, "densest-heads", sinks=0)
+        assert chosen.kept_fraction(1000) == pytest.approx(budget)
     with pytest.raises(ValueError, match="the windows alone hold 0.008 of 1,000 tokens; kv_budget 0.001 is below that"):
-        heads_in_budget(inspection, 0.001, 1000, "random")
+        heads_in_budget(inspection, 0.001, 1000, "random", sinks=0)
     with pytest.raises(ValueError, match="kv_budget must be above 0 and at most 1, not 1.5"):
         heads_in_budget(inspection, 1.5, 1000, "random")
     budget = (2 * 1000 + 6 * (WINDOW + 4)) / 8000
