@@ -127,7 +127,7 @@ def recipe_of(method: str, size: Size, target: float | None = None) -> Recipe:
     if method == "window":
         # Gates that start closed and never learn: beyond the window there is nothing to see.
         return recipe.replace(initial_bias=-30.0, predictor_lr_multiplier=0.0, predictor_weight_decay=0.0)
-    return recipe.replace(target_density=target)
+    return recipe.replace(target_density=target, regulariser_form="concave")
 
 
 def make_model(size: Size) -> LlamaForCausalLM:
