@@ -97,8 +97,12 @@ class Run:
         if config is None or config.layout is None:
             raise ValueError(f"{directory} holds no static layout; `spkv hybrid` writes them")
         report = json.loads((directory / REPORT).read_text(encoding="utf-8"))
-        recipe = with_layout(self.recipe.replace(target_density=None), config)
-        name = f"{self.name} layout={report['strategy']}" + (f" sinks={config.sinks}" if config.sinks else "")
+        control = control_of(self)
+        settings = dict(
+            layout=f"{report['strategy']}-{report['global_heads']}", window=config.window, sinks=config.sinks
+        )
+        name = " ".join([control.name.removeprefix("dense-"), *_settings(settings)])
+        recipe = with_layout(control.recipe, config)
         return Run(name, recipe, self.retrieval, report["strategy"], report["utility_covered"])
 
 

@@ -40,12 +40,11 @@ from benchmarks.recipe_runs import SUITES, Run, control_of, known_controls, know
 from benchmarks.run import environment
 from spkv.checkpoint import load_base, resolve_model
 from spkv.gates import HardGate, LayoutGate, OpenGate, RandomGate, SinkGate, ThresholdGate
-from spkv.training import adapt
+from spkv.training import Recipe, adapt
 from spkv.training.data import PackedRows, spread
 from spkv.training.tokens import Tokens, document_prefix, tokenize_files
 
 THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
-_SINKS = 4
 _LOG_EVERY = 50
 UNFINISHED = 3
 
@@ -182,7 +181,7 @@ class Suite:
             progress=False,
             callbacks=[_Deadline(self.deadline)],
         )
-        if summary["recipe"] != run.recipe.to_dict():
+        if Recipe(**summary["recipe"]) != run.recipe:
             raise ValueError(f"{self._directory(run)} holds a run of another recipe; choose another --output")
         return summary
 
@@ -218,7 +217,7 @@ class Suite:
             like = self.results.find(identity, "spkv", _reference(self.options.thresholds))
             assert like is not None
             return RandomGate(like["density"])
-        return SinkGate(_SINKS) if policy == "streaming" else OpenGate()
+        return SinkGate() if policy == "streaming" else OpenGate()
 
     def _check_time(self) -> None:
         if time.monotonic() > self.deadline:
@@ -283,7 +282,8 @@ def _chosen(options: argparse.Namespace) -> Iterator[Run]:
     known = known_controls() | known_runs()
     chosen = [run for name in options.suite for run in SUITES[name]()] + [known[name] for name in options.runs]
     changed = [run.with_changes(dict(options.set)) for run in chosen]
-    changed += [run.with_layout(directory) for run in changed for directory in options.layouts]
+    # Runs that differ in their gates alone have one twin with a layout.
+    changed += dict.fromkeys(run.with_layout(directory) for run in changed for directory in options.layouts)
     return iter(changed) if options.alone else with_controls(changed)
 
 

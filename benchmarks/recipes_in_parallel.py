@@ -128,6 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, arguments = parser.parse_known_args(argv)
     if "--set" in arguments:
         parser.error("--set changes the names of runs; give it to benchmarks.recipes")
+    if "--layouts" in arguments:
+        parser.error("--layouts adds runs; give it to benchmarks.recipes")
     known = known_controls() | known_runs()
     if unknown := sorted(set(options.runs) - known.keys()):
         parser.error(f"unknown runs: {', '.join(unknown)}")

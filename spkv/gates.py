@@ -16,6 +16,9 @@ from torch import Tensor
 
 from spkv.config import check_threshold
 
+SINKS = 4
+"""First positions that attention leans on (arXiv 2309.17453), where a gate keeps them whatever else it does."""
+
 _TINY = 1e-30
 # Probability of the most extreme noise, and largest amplitude: the one's odds to the power of the other stay within
 # float32.
@@ -124,13 +127,16 @@ class HeadGate(Gate):
 
     Attributes:
         factors: layer -> z [kv_heads], in [0, 1].
+        sinks: positions at the start that all heads keep.
     """
 
     factors: Mapping[int, Tensor]
+    sinks: int = 0
     hard: ClassVar[bool] = False
 
     def log_gate(self, utility: Tensor, *, layer: int, position: Tensor) -> Tensor:
-        return self.factors[layer].float().clamp_min(_TINY).log()[:, None].expand_as(utility)
+        bias = self.factors[layer].float().clamp_min(_TINY).log()[:, None].expand_as(utility)
+        return bias.masked_fill((position < self.sinks).unsqueeze(1), 0.0)
 
 
 @dataclass(frozen=True)
@@ -178,7 +184,7 @@ class LayoutGate(HardGate):
 class SinkGate(HardGate):
     """Keep the first `sinks` positions and the window: StreamingLLM (arXiv 2309.17453) at original positions."""
 
-    sinks: int = 4
+    sinks: int = SINKS
 
     def __post_init__(self) -> None:
         if self.sinks < 0:

@@ -7,6 +7,7 @@ import torch
 
 from spkv.gates import (
     AnnealedGate,
+    HeadGate,
     LayoutGate,
     NoisyGate,
     OpenGate,
@@ -134,6 +135,12 @@ def test_a_layout_decides_by_layer_and_head_alone():
     assert keep.float().mean((0, 2)).tolist() == [1, 0, 1]
     assert not gate.keep(utility, layer=1, position=position).any()
     assert gate.log_gate(utility, layer=0, position=position)[1, :, 4].tolist() == [0, float("-inf"), 0]
+
+
+def test_learned_heads_see_the_sinks():
+    gate = HeadGate({0: torch.tensor([0.0, 1.0])}, sinks=2)
+    bias = gate.log_gate(torch.rand(1, 2, 4), layer=0, position=torch.arange(4)[None])
+    assert (bias[0] > -1).tolist() == [[True, True, False, False], [True] * 4]
 
 
 def test_sinks_of_a_layout_are_kept_by_all_heads_of_all_sequences():

@@ -224,7 +224,8 @@ class Reservation:
             counts = count_pages(cache.layer(layers[0], rows), keep, valid)
         else:
             # All layers and sequences side by side, as if there were so many more sequences.
-            assert (L, len(rows), valid) == (cache.layers, cache.sequences, None)
+            assert (L, len(rows)) == (cache.layers, cache.sequences)
+            assert valid is None
             seen, kept, ring_keep = cache.seen.flatten(), cache.kept.flatten(), cache.ring_keep.flatten(0, 1)
             packed = dataclasses.replace(cache.layer(0), seen=seen, kept=kept, ring_keep=ring_keep)
             _, ring, held, new = (n.view(L, -1) for n in pages_held_and_new(packed, keep.repeat(L, 1, 1)))

@@ -120,7 +120,7 @@ def hybrid(
                     loaded,
                     [encode_pieces(tokenizer, content, tokens)[0] for _, content in texts],
                     global_heads,
-                    LearningOptions(steps, sequence_length=sequence_length, seed=seed),
+                    LearningOptions(steps, sequence_length=sequence_length, sinks=sinks, seed=seed),
                     progress=lambda done: progress("learning", done, steps),
                 )
             layout = hybrid_layout(inspection, global_heads, strategy, sinks=sinks, seed=seed, scores=scores)

@@ -254,7 +254,9 @@ def _masked(
     position = torch.arange(ids.shape[1], device=ids.device)[None]
     full = torch.ones(len(ids), found.decoder.kv_heads, ids.shape[1], dtype=torch.bool, device=ids.device)
     keep = [
-        gate.keep(record.utilities[layer], layer=layer, position=position) if layer in found.layers else full
+        gate.keep(record.utilities.get(layer, full.float()), layer=layer, position=position)
+        if layer in found.layers or found.config.layout is not None
+        else full
         for layer in found.decoder.global_layers
     ]
     decisions = torch.stack(keep, dim=1).double().flatten(1, 2)  # [B, layers * Hkv, L]

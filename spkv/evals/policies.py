@@ -17,8 +17,6 @@ from spkv.hf.attach import attachment, dense, find_attachment
 
 POLICIES = ("dense", "spkv", "streaming", "random", *PRESSES)
 DEFAULT_POLICIES = ("dense", "spkv", "streaming", "random")
-# StreamingLLM (arXiv 2309.17453) needs no more than four.
-SINKS = 4
 
 Load = Callable[[str], PreTrainedModel]
 """Loads the model that a path or name stands for, in evaluation mode."""
@@ -74,7 +72,7 @@ def layout_policies(names: Sequence[str], gate: Gate, density: float) -> list[Po
     made = {
         "dense": Policy("dense"),
         "spkv": Policy("spkv", gate),
-        "streaming": Policy("streaming", SinkGate(SINKS)),
+        "streaming": Policy("streaming", SinkGate()),
         "random": Policy("random", RandomGate(density)),
     }
     if unknown := [name for name in names if name not in made]:
@@ -132,7 +130,7 @@ def make_policies(
     made = {
         "dense": [Policy("dense", model=reference)],
         "spkv": [Policy("spkv", ThresholdGate(t), threshold=t) for t in thresholds],
-        "streaming": [Policy("streaming", SinkGate(SINKS))],
+        "streaming": [Policy("streaming", SinkGate())],
         "random": [Policy("random", match_threshold=t) for t in matched],
         **{name: [Policy(name, match_threshold=t, press=name, model=reference) for t in matched] for name in PRESSES},
     }

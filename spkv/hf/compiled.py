@@ -93,8 +93,20 @@ def _ends_in_one_kernel(module: nn.Module) -> bool:
         isinstance(module, UtilityPredictor)
         and "forward" not in vars(module)
         and module.depth > 1
-        and type(module.down) is nn.Linear
+        and _is_plain(module.down)
         and module.down.weight.is_cuda
+        and module.down.weight.dtype == module.hidden_layers[-1].weight.dtype
+    )
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """A linear layer and nothing more: no wrapper, no hooks, no quantised weight."""
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter
+        and "forward" not in vars(module)
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
     )
 
 

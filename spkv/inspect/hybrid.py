@@ -23,13 +23,12 @@ from transformers import PreTrainedModel
 
 from spkv.checkpoint import save
 from spkv.config import SPKVConfig
+from spkv.gates import SINKS
 from spkv.hf.attach import attach, attachment, detach
 from spkv.inspect.inspection import Inspection
 from spkv.inspect.memory import kv_bytes
 
 REPORT = "hybrid.json"
-SINKS = 4
-"""First positions that local heads keep by default: without them attention has nowhere to rest (arXiv 2309.17453)."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class HybridLayout:
     utility_covered: float
     kept_covered: float | None
     window: int
-    sinks: int = 0
+    sinks: int
 
     @property
     def global_heads(self) -> int:

@@ -1,8 +1,8 @@
 """Learning which heads need the far past: L0 gates on KV heads, under a target for how many stay global.
 
-Every head has a hard-concrete gate (arXiv 1712.01312) on what it sees past its window; the model is frozen. The loss is
-the divergence from the model with all gates open, and an augmented Lagrangian holds the expected share of open gates at
-its target, which falls from 1 in the first part of the steps.
+Every head has a hard-concrete gate (arXiv 1712.01312) on what it sees past its window and sinks; the model is frozen.
+The loss is the divergence from the model with all gates open, and an augmented Lagrangian holds the expected share of
+open gates at its target, which falls from 1 in the first part of the steps.
 
 Legend: L global layers, Hkv KV heads, B sequences of a step, T tokens of a sequence, w window.
 """
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spkv.gates import HeadGate, OpenGate
+from spkv.gates import SINKS, HeadGate, OpenGate
 from spkv.hf.attach import attachment
 
 # Of the hard-concrete distribution: temperature, and how far it is stretched beyond [0, 1]. Published values.
@@ -40,6 +40,7 @@ class LearningOptions:
         batch_size: B.
         penalty: weight of the squared constraint; the multiplier of the plain one grows in proportion.
         warmup: part of the steps in which the target falls from 1 to its value.
+        sinks: first positions that every head sees, as in the layout to be made.
         seed: of the gates' noise and the order of the sequences.
     """
 
@@ -49,6 +50,7 @@ class LearningOptions:
     batch_size: int = 1
     penalty: float = 5.0
     warmup: float = 0.3
+    sinks: int = SINKS
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -105,7 +107,7 @@ def learn_heads(
             goal = 1 - (1 - target) * min(1.0, (step + 1) / max(1.0, options.warmup * options.steps))
             excess = _open_probability(logits).mean() - goal
             gates = _sample(logits, generator).to(model.device)
-            loss = _divergence(model, batch, HeadGate(dict(zip(found.layers, gates, strict=True))))
+            loss = _divergence(model, batch, HeadGate(dict(zip(found.layers, gates, strict=True)), options.sinks))
             optimiser.zero_grad()
             (loss.cpu() + multiplier * excess + options.penalty / 2 * excess**2).backward()
             optimiser.step()

@@ -24,7 +24,8 @@ def kv_bytes(
 
     Args:
         found: of the model; its sizes, window and page_dtype count.
-        density_by_head: [global layers, Hkv]; nan, where nothing has left the window, counts as 1.
+        density_by_head: [global layers, Hkv]; nan, where nothing has left the window, counts as 1. Of a static layout
+            the layout itself counts.
         dtype: of keys and values.
         lengths: tokens of a sequence.
 
@@ -40,7 +41,9 @@ def kv_bytes(
     rows = []
     for length in lengths:
         left = max(0, length - config.window)
-        kept = (density * left).clamp_min(min(config.sinks, left))
+        kept = density * left
+        if config.layout is not None:  # known better than measured
+            kept = torch.where(_is_global(found), float(left), float(min(config.sinks, left))).double()
         ring = -(-min(length, config.window) // config.page_size) * page
         sliding = min(length, getattr(decoder.config, "sliding_window", None) or 0)
         beside = local * decoder.kv_heads * sliding * pair
@@ -55,6 +58,13 @@ def kv_bytes(
             }
         )
     return rows
+
+
+def _is_global(found: Attachment) -> Tensor:
+    """[global layers, Hkv] bool: the heads that a static layout keeps."""
+    assert found.config.layout is not None
+    heads = range(found.decoder.kv_heads)
+    return torch.tensor([[h in found.config.layout[layer] for h in heads] for layer in found.decoder.global_layers])
 
 
 def _kept_page_bytes(found: Attachment, layer: int, uncoded: int) -> int:

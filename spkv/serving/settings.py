@@ -77,8 +77,8 @@ class BaseSettings:
 
         # On the hub this would be one more request for every model; there the architecture must be named.
         if (Path(vllm_config.model_config.model) / CONFIG_FILE).is_file():
-            hf_config = vllm_config.model_config.hf_config
-            hf_config.architectures = [versions.ARCHITECTURES[hf_config.architectures[0]]]
+            model_config = vllm_config.model_config
+            model_config.hf_config.architectures = [versions.ARCHITECTURES[model_config.architecture]]
             Settings.verify_and_update_config(vllm_config)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spkv.training.recipes import Recipe, with_layout
+from spkv.training.recipes import RECIPES, Recipe, with_layout
 
 if TYPE_CHECKING:
     from torch import nn
@@ -119,7 +119,8 @@ def adapt(
     output = Path(output)
     stored = stored_config(model)
     if stored is not None and stored.layout is not None and recipe.gates:
-        if recipe.target_density is not None:
+        named = RECIPES.get(recipe.name)
+        if recipe.target_density not in (None, named and named().target_density):
             logger.warning("the static layout of the model fixes its density, so target_density has no effect")
         recipe = with_layout(recipe, stored)
     config = recipe.config()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 from spkv.training.parameters import PREDICTOR_PART
+from spkv.training.recipes import Recipe
 
 STATE_FILE = "spkv_training.json"
 """Written last into a checkpoint: one that lacks it is incomplete."""
@@ -28,6 +30,9 @@ def last_checkpoint(directory: str | os.PathLike[str]) -> str | None:
 
 def check_same_run(stored: dict[str, Any], wanted: dict[str, Any], path: str) -> None:
     """Raise a ValueError that names the differences if a checkpoint has another recipe, data or seed."""
+    # A field of the recipe that is newer than the checkpoint had what is now its default.
+    new = (field for field in dataclasses.fields(Recipe) if field.name in wanted and field.name not in stored)
+    stored = {**stored, **{field.name: field.default for field in new}}
     changed = sorted(key for key in {*stored, *wanted} if stored.get(key) != wanted.get(key))
     if changed:
         differences = ", ".join(f"{key}: {stored.get(key)!r} there, {wanted.get(key)!r} now" for key in changed)

@@ -93,7 +93,8 @@ class Recipe:
     sinks: int = 0
 
     def __post_init__(self) -> None:
-        self.config()  # checks its own fields
+        # Checks its own fields, and gives the layout the form that equal ones share.
+        object.__setattr__(self, "layout", self.config().layout)
         lengths = {name: getattr(self, name) for name in ("steps", "tokens", "tokens_per_parameter")}
         given = {name: value for name, value in lengths.items() if value is not None}
         if len(given) != 1:

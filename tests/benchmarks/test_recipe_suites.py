@@ -114,14 +114,15 @@ def test_static_layouts_are_trained_beside_their_run_and_share_its_control(suite
     # What `spkv hybrid` writes: one of a layer's two heads stays global.
     model = spkv.attach(load_base(work / "model"), spkv.SPKVConfig(window=8, layout=((0,), ())))
     spkv.save(model, tmp_path / "hybrid")
-    report = {"strategy": "densest-heads", "utility_covered": 0.75}
+    report = {"strategy": "densest-heads", "global_heads": 1, "utility_covered": 0.75}
     (tmp_path / "hybrid" / "hybrid.json").write_text(json.dumps(report))
     options = ["--layouts", tmp_path / "hybrid", "--no-baselines"]
     code, rows = suite("20M-d0.2", settings=["target_density=0.2"], options=options)
     assert code == 0
     dense, _, *pruned, layout = rows
     assert [row["policy"] for row in pruned] == ["spkv", "spkv"]
-    assert layout["run"] == pruned[0]["run"] + " layout=densest-heads"
+    assert layout["run"].startswith("0.001024M ")
+    assert layout["run"].endswith("layout=densest-heads-1 window=8 sinks=0")
     wanted = ("layout", "layout", "densest-heads", 0.75, None)
     assert tuple(layout[key] for key in ("policy", "method", "strategy", "coverage", "threshold")) == wanted
     heads = 2 * 2
@@ -129,6 +130,7 @@ def test_static_layouts_are_trained_beside_their_run_and_share_its_control(suite
     assert layout["density"] < layout["kept_fraction"] < 1
     assert layout["dense_loss"] == dense["loss"]
     assert layout["loss"] != dense["loss"]
+    assert suite("20M-d0.2", settings=["target_density=0.2"], options=options) == (0, rows)
     with pytest.raises(ValueError, match="model holds no static layout"):
         suite("20M-d0.2", options=["--layouts", work / "model"])
 

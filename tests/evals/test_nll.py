@@ -105,6 +105,9 @@ def test_a_static_layout_is_evaluated_by_its_own_policies(sequences, tiny_llama)
     assert [row["density"] for row in rows[:2]] == [1, 0.25]
     assert 0 < rows[2]["density"] < 0.2
     assert rows[3]["density"] == pytest.approx(0.25, abs=0.1)
+    masked = evaluate(model, [Losses(sequences)], policies, oracle=True)
+    for key in ("density", "kept_fraction"):
+        assert [row[key] for row in masked] == pytest.approx([row[key] for row in rows])
     found.oracle = True
     with torch.no_grad():
         losses = [model(one[None], labels=one[None], use_cache=False).loss.item() for one in sequences]

@@ -164,6 +164,8 @@ def test_a_hybrid_can_be_inspected(hybrid, tokenizer):
     inspection = inspect_texts(hybrid[0], tokenizer, [("a", "Some words and 3 numbers, 4 and 5.")])
     sinks = hybrid[1].sinks / inspection.left
     torch.testing.assert_close(inspection.density_by_head(), torch.tensor([[sinks, 1], [1, sinks]], dtype=torch.double))
+    for row in inspection.memory:
+        assert row["kept_fraction"] == pytest.approx(hybrid[1].kept_fraction(row["tokens"]))
     assert inspection.threshold is None
     assert inspection.documents[0].later is not None
 

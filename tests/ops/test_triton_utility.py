@@ -37,6 +37,12 @@ def test_utilities_err_no_more_than_those_of_the_predictor(B, T, Hkv, width, dty
     assert (actual - exact).norm() <= 2 * (eager - exact).norm() + 1e-7 * exact.norm()
 
 
+def test_several_dtypes_are_refused():
+    hidden, weight = torch.zeros(1, 1, 4, device=DEVICE), torch.zeros(2, 4, device=DEVICE).half()
+    with pytest.raises(TypeError, match="must share a dtype, not torch.float32, torch.float16, torch.float16"):
+        utilities(hidden, weight, torch.zeros(2, device=DEVICE).half())
+
+
 def test_large_values_saturate_and_do_not_overflow():
     hidden = torch.tensor([[[1e4, -1e4]]], device=DEVICE)
     weight = torch.tensor([[1.0, 1.0], [-1.0, 1.0]], device=DEVICE)

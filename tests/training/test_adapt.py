@@ -136,9 +136,12 @@ def test_a_layout_fixes_its_density_whatever_the_recipe_aims_at(
     base = attach(load_base(model_directory), spkv.SPKVConfig(window=8, layout=((), ())))
     spkv.save(base, tmp_path / "hybrid")
     tokenizer.save_pretrained(tmp_path / "hybrid")
+    # `fast` has a target of its own, about which there is nothing to say.
     summary = run(recipe_of(target_density=0.2, regulariser_form="concave"), model=tmp_path / "hybrid")
+    assert "target_density" not in caplog.text
+    other = run(recipe_of(target_density=0.3), "other", model=tmp_path / "hybrid")
     assert "so target_density has no effect" in caplog.text
-    assert summary["recipe"] == run(recipe_of(), "other", model=tmp_path / "hybrid")["recipe"]
+    assert summary["recipe"] == other["recipe"]
 
 
 def test_a_run_with_a_layout_resumes(run, run_until, recipe_of, tmp_path, model_directory, tokenizer) -> None:
@@ -202,6 +205,18 @@ def test_an_incomplete_checkpoint_is_passed_over(run, run_until, recipe_of, tmp_
     (tmp_path / "broken" / "checkpoint-8" / "spkv_training.json").unlink()
     assert last_checkpoint(tmp_path / "broken").endswith("checkpoint-4")
     run(recipe, "broken", save_every=4, resume=True)
+    expected, actual = stored(tmp_path / "through"), stored(tmp_path / "broken")
+    assert all(torch.equal(expected[key], actual[key]) for key in expected)
+
+
+def test_a_checkpoint_from_before_a_field_of_the_recipe_goes_on(run, run_until, recipe_of, tmp_path) -> None:
+    run(recipe_of(), "through", save_every=4)
+    run_until(9, recipe_of(), "broken", save_every=4)
+    for path in (tmp_path / "broken").glob("checkpoint-*/spkv_training.json"):
+        state = json.loads(path.read_text())
+        del state["run"]["sinks"]
+        path.write_text(json.dumps(state))
+    run(recipe_of(), "broken", save_every=4, resume=True)
     expected, actual = stored(tmp_path / "through"), stored(tmp_path / "broken")
     assert all(torch.equal(expected[key], actual[key]) for key in expected)
 

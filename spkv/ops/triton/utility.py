@@ -27,7 +27,12 @@ def utilities(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     Returns:
         [B, Hkv, T] float32, in (0, 1).
+
+    Raises:
+        TypeError: for several dtypes.
     """
+    if not hidden.dtype == weight.dtype == bias.dtype:
+        raise TypeError(f"hidden, weight and bias must share a dtype, not {hidden.dtype}, {weight.dtype}, {bias.dtype}")
     (B, T, W), Hkv = hidden.shape, weight.shape[0]
     hidden, weight = hidden.contiguous(), weight.contiguous()
     out = torch.empty(B, Hkv, T, dtype=torch.float32, device=hidden.device)
