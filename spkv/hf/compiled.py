@@ -99,7 +99,7 @@ def _ends_in_one_kernel(module: nn.Module) -> bool:
     )
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _is_plain(module: Any) -> bool:
     """A linear layer and nothing more: no wrapper, no hooks, no quantised weight."""
     return (
         type(module) is nn.Linear
@@ -123,6 +123,4 @@ def _utilities(predictor: UtilityPredictor, hidden_states: Tensor) -> Tensor:
 def _is_plain_mlp(module: nn.Module) -> bool:
     """A gated MLP of linear layers, none of them wrapped (LoRA) or with a forward pass of its own."""
     projections = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    return "forward" not in vars(module) and all(
-        type(projection) is nn.Linear and "forward" not in vars(projection) for projection in projections
-    )
+    return "forward" not in vars(module) and all(map(_is_plain, projections))
