@@ -12,6 +12,7 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
@@ -47,6 +48,7 @@ class Attachment:
         oracle: True computes passes without a cache through a dense mask, for tests and evaluation.
         max_memory: bytes that a cache made by `generate()` may take at most; None for no bound.
         page_dtype: how its kept pairs are coded; as in `SPKVConfig`, whose value it starts with.
+        aside: the stream that predictors run on, if not that of the rest; see `concurrent_projections`.
         observer: called by every global layer of a pass that fills a cache; see `observing`.
         training: what the checkpoint that was loaded remembers of its training; any JSON.
     """
@@ -57,6 +59,7 @@ class Attachment:
         self.oracle = False
         self.max_memory: int | None = None
         self.page_dtype: PageDtype = config.page_dtype
+        self.aside: torch.cuda.Stream | None = None
         self.observer: forward.Observer | None = None
         self.training: dict[str, Any] = {}
         self.suspended = False

@@ -3,8 +3,8 @@
 A decode step multiplies a few rows by each weight matrix, which takes the time of reading the matrix. Kernels that
 small leave multiprocessors idle as they start and end, the narrow ones (keys and values of grouped queries, the
 predictor's last layer) nearly always. So those that read the same input are put on streams of their own, which become
-branches of the graph: queries, keys and values run beside the utility predictor, one half of a gated MLP beside the
-other.
+branches of the graph: keys, values and the utility predictor run beside the queries and rotary embedding, one half of a
+gated MLP beside the other.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-# Children that a module calls with the input that it was given itself, and which run aside; and one that shows that
-# there is something to run beside them: an attention of ours has its predictor, a gated MLP its gate.
-_ASIDE = ((("q_proj", "k_proj", "v_proj"), "k_proj"), (("up_proj",), "gate_proj"))
+# Children that a module calls with the input that it was given itself, and which run aside; and the one beside them.
+_ASIDE = ((("k_proj", "v_proj"), "q_proj"), (("up_proj",), "gate_proj"))
 
 
 @contextlib.contextmanager
 def concurrent_projections(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, projections of one input run on streams of their own; for a step that is captured, on CUDA."""
-    streams = _side_streams(model.device)
+    """Inside, projections of one input, and predictors, run on streams of their own; for a captured step, on CUDA."""
+    *streams, last = _side_streams(model.device)
     with contextlib.ExitStack() as undo:
         for module in list(model.modules()):
+            if (attachment := getattr(module, "spkv_attachment", None)) is not None:
+                attachment.aside = last
+                undo.callback(setattr, attachment, "aside", None)
             for names, beside in _ASIDE:
                 projections = [getattr(module, name, None) for name in names]
                 if hasattr(module, beside) and all(isinstance(projection, nn.Module) for projection in projections):
@@ -39,7 +41,7 @@ def concurrent_projections(model: PreTrainedModel) -> Iterator[None]:
 @functools.cache
 def _side_streams(device: torch.device) -> list[torch.cuda.Stream]:
     # The same ones for every capture: cuBLAS keeps a workspace for each stream that it has seen.
-    return [torch.cuda.Stream(device) for _ in range(max(len(names) for names, _ in _ASIDE))]
+    return [torch.cuda.Stream(device) for _ in range(1 + max(len(names) for names, _ in _ASIDE))]
 
 
 class _Branches:

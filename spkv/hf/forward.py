@@ -7,6 +7,7 @@ function, which alone meets the cache.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ class ForwardContext:
         record: where utilities go, or None.
         utility: [B, Hkv, T], once the attention's pre-hook has run.
         keep: [B, Hkv, T] bool, what a hard gate makes of it where there is a cache.
+        decided: when both are there, if they are computed on a stream of their own.
     """
 
     attachment: Attachment
@@ -59,6 +61,7 @@ class ForwardContext:
     record: Record | None
     utility: Tensor | None = None
     keep: Tensor | None = None
+    decided: torch.cuda.Event | None = None
 
 
 def mask(original: str, *args: Any, local_size: int | None = None, **kwargs: Any) -> Any:
@@ -200,16 +203,22 @@ def attention_pre_hook(found: Attachment, module: Any, args: tuple[Any, ...], kw
         return None
     if module.layer_idx not in found.layers:
         return args, {**kwargs, _KEYWORD: context}
-    utility = module.utility_predictor(args[0] if args else kwargs["hidden_states"])
-    if context.record is not None:
-        context.record.utilities[module.layer_idx] = utility
-    keep = None
-    if context.cache is not None:
-        # Here and not where it is needed: in a captured graph this runs beside the projections.
-        assert isinstance(context.gate, HardGate)  # or there would be no cache
-        keep = context.gate.keep(utility, layer=module.layer_idx, position=context.position)
-        context.cache.expect(module.layer_idx, keep, context.valid)
-    return args, {**kwargs, _KEYWORD: dataclasses.replace(context, utility=utility, keep=keep)}
+    keep = decided = None
+    with contextlib.ExitStack() as beside_projections:
+        if found.aside is not None:
+            found.aside.wait_stream(torch.cuda.current_stream())
+            beside_projections.enter_context(torch.cuda.stream(found.aside))
+        utility = module.utility_predictor(args[0] if args else kwargs["hidden_states"])
+        if context.record is not None:
+            context.record.utilities[module.layer_idx] = utility
+        if context.cache is not None:
+            # Here and not where it is needed: in a captured graph this runs beside the projections.
+            assert isinstance(context.gate, HardGate)  # or there would be no cache
+            keep = context.gate.keep(utility, layer=module.layer_idx, position=context.position)
+            context.cache.expect(module.layer_idx, keep, context.valid)
+        if found.aside is not None:
+            decided = found.aside.record_event()
+    return args, {**kwargs, _KEYWORD: dataclasses.replace(context, utility=utility, keep=keep, decided=decided)}
 
 
 def attention(
@@ -228,6 +237,8 @@ def attention(
     """The attention function of global layers, as transformers calls it: returns [B, T, H, D] and no weights."""
     if spkv is None:
         raise ValueError("the decoder of an attached model must be called as a whole, not layer by layer")
+    if spkv.decided is not None:
+        torch.cuda.current_stream().wait_event(spkv.decided)
     if torch.is_autocast_enabled(query.device.type):
         # Under autocast rotary embedding leaves queries and keys in float32, beside half-precision values.
         dtype = torch.get_autocast_dtype(query.device.type)
