@@ -142,6 +142,11 @@ def lora(budget: int = 20, targets: Sequence[float] = (0.1, 0.2, 0.3)) -> list[R
     return [*(_full(budget, target) for target in targets), *ranks]
 
 
+def adapter() -> list[Run]:
+    """The adapter of SmolLM2 that ships: LoRA and predictors of 25 MB at most."""
+    return [Run("adapter", get_recipe("fast", tokens=24 * 10**6, lora_rank=24, predictor_width=256))]
+
+
 def targets(budget: int = 20) -> list[Run]:
     """Whether `target_density` is met."""
     wanted = (0.1, 0.2, 0.3, 0.4, 0.5)
@@ -221,6 +226,7 @@ SUITES = {
     "frontier": frontier,
     "targets": targets,
     "lora": lora,
+    "adapter": adapter,
     "ablations": ablations,
     "hardening": hardening,
     "retrieval": retrieval,

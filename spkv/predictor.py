@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,13 @@ class UtilityPredictor(nn.Module):
 
     Two are what is published (SP-KV, arXiv 2605.14037). The input is the hidden state that enters attention, so a
     utility depends on the key's own prefix alone.
+
+    Attributes:
+        decide: what does the work of a pass and of the comparison with a threshold in fewer kernels, where
+            `hf.compiled` has put it: maps hidden states and the threshold to utilities and a bool of their shape.
     """
+
+    decide: Callable[[Tensor, float], tuple[Tensor, Tensor]] | None = None
 
     def __init__(
         self, hidden_size: int, kv_heads: int, width: int | None = None, initial_bias: float = 5.0, depth: int = 2

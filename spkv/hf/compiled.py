@@ -3,8 +3,8 @@
 A layer is some forty kernels: in a decode step most of them are a few elements wide, in training most of them move
 activations through memory and compute next to nothing. Compiling norms, rotary embedding and predictors (in training
 MLPs and the loss, too) one by one, not the model as a whole, takes seconds instead of minutes, since all layers share
-the same few functions, and it leaves attention, cache and hooks as they are. What a predictor does after its last wide
-layer is one kernel of ours in a decode step.
+the same few functions, and it leaves attention, cache and hooks as they are. What follows the last wide layer of a
+predictor, with the comparison of utilities and threshold, is one kernel of ours in a decode step.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ def compiled_parts(model: PreTrainedModel, training: bool = False) -> Iterator[N
         module: Any
         for module in model.modules():
             if not training and _ends_in_one_kernel(module):
-                module.forward = functools.partial(_utilities, module)
-                undo.callback(vars(module).pop, "forward")
-            elif _is_part(module) or (training and _is_plain_mlp(module)):
+                module.decide = functools.partial(_decide, module)
+                undo.callback(vars(module).pop, "decide")
+            if _is_part(module) or (training and _is_plain_mlp(module)):
                 module.forward = functools.partial(_compile(type(module).forward, training), module)
                 undo.callback(vars(module).pop, "forward")
         for source in sources:
@@ -88,10 +88,10 @@ def _is_part(module: nn.Module) -> bool:
 
 
 def _ends_in_one_kernel(module: nn.Module) -> bool:
-    """A predictor for which `_utilities` can stand."""
+    """A predictor for which `_decide` can stand."""
     return (
         isinstance(module, UtilityPredictor)
-        and "forward" not in vars(module)
+        and _is_bare(module)
         and module.depth > 1
         and _is_plain(module.down)
         and module.down.weight.is_cuda
@@ -101,23 +101,22 @@ def _ends_in_one_kernel(module: nn.Module) -> bool:
 
 def _is_plain(module: Any) -> bool:
     """A linear layer and nothing more: no wrapper, no hooks, no quantised weight."""
-    return (
-        type(module) is nn.Linear
-        and type(module.weight) is nn.Parameter
-        and "forward" not in vars(module)
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-    )
+    return type(module) is nn.Linear and type(module.weight) is nn.Parameter and _is_bare(module)
 
 
-def _utilities(predictor: UtilityPredictor, hidden_states: Tensor) -> Tensor:
-    """Its forward pass, for the few tokens of a decode step."""
-    from spkv.ops.triton.utility import utilities  # here is Triton, since here is a graph
+def _is_bare(module: nn.Module) -> bool:
+    """A call of it is its class's forward pass and no more."""
+    return "forward" not in vars(module) and not module._forward_hooks and not module._forward_pre_hooks
+
+
+def _decide(predictor: UtilityPredictor, hidden_states: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Utilities and what is kept, for the few tokens of a decode step."""
+    from spkv.ops.triton.utility import decide  # here is Triton, since here is a graph
 
     *first, last = predictor.hidden_layers
     for layer in first:
         hidden_states = predictor.act(layer(hidden_states))
-    return utilities(last(hidden_states), predictor.down.weight, predictor.down.bias)
+    return decide(last(hidden_states), predictor.down.weight, predictor.down.bias, threshold)
 
 
 def _is_plain_mlp(module: nn.Module) -> bool:

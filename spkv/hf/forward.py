@@ -7,7 +7,6 @@ function, which alone meets the cache.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from spkv.gates import Gate, HardGate, OpenGate
+from spkv.gates import Gate, HardGate, OpenGate, ThresholdGate
 from spkv.hf.cache import SPKVCache
 from spkv.ops.attention import gated_attention, pruned_prefill
 
@@ -203,22 +202,34 @@ def attention_pre_hook(found: Attachment, module: Any, args: tuple[Any, ...], kw
         return None
     if module.layer_idx not in found.layers:
         return args, {**kwargs, _KEYWORD: context}
-    keep = decided = None
-    with contextlib.ExitStack() as beside_projections:
-        if found.aside is not None:
-            found.aside.wait_stream(torch.cuda.current_stream())
-            beside_projections.enter_context(torch.cuda.stream(found.aside))
-        utility = module.utility_predictor(args[0] if args else kwargs["hidden_states"])
-        if context.record is not None:
-            context.record.utilities[module.layer_idx] = utility
-        if context.cache is not None:
-            # Here and not where it is needed: in a captured graph this runs beside the projections.
-            assert isinstance(context.gate, HardGate)  # or there would be no cache
-            keep = context.gate.keep(utility, layer=module.layer_idx, position=context.position)
-            context.cache.expect(module.layer_idx, keep, context.valid)
-        if found.aside is not None:
+    hidden_states, decided = args[0] if args else kwargs["hidden_states"], None
+    if found.aside is None:
+        utility, keep = _decide(context, module, hidden_states)
+    else:
+        found.aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(found.aside):
+            utility, keep = _decide(context, module, hidden_states)
             decided = found.aside.record_event()
     return args, {**kwargs, _KEYWORD: dataclasses.replace(context, utility=utility, keep=keep, decided=decided)}
+
+
+def _decide(context: ForwardContext, module: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Utilities of an attention's input, and what a hard gate keeps of it where there is a cache."""
+    predictor, gate, keep = module.utility_predictor, context.gate, None
+    if predictor.decide is not None and isinstance(gate, ThresholdGate):
+        utility, keep = predictor.decide(hidden_states, gate.threshold)
+    else:
+        utility = predictor(hidden_states)
+    if context.record is not None:
+        context.record.utilities[module.layer_idx] = utility
+    if context.cache is None:
+        return utility, None
+    if keep is None:
+        # Here and not where it is needed: in a captured graph this runs beside the projections.
+        assert isinstance(gate, HardGate)  # or there would be no cache
+        keep = gate.keep(utility, layer=module.layer_idx, position=context.position)
+    context.cache.expect(module.layer_idx, keep, context.valid)
+    return utility, keep
 
 
 def attention(

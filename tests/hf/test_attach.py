@@ -1,6 +1,7 @@
 """Attaching, detaching, generate() in its variants, and what is refused."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -377,3 +378,25 @@ def test_positions_follow_padding_and_documents_where_none_are_given(attached):
     with spkv.attachment(attached).using(SinkGate(4)), torch.no_grad():
         cache = attached(padded, attention_mask=mask).past_key_values
     assert (cache.packed.kept_pairs() == 4).all()
+
+
+def test_a_predictor_that_decides_by_itself_is_asked_under_a_threshold_alone(attached):
+    ids = torch.randint(1, 97, (2, 30))
+    found, asked = spkv.attachment(attached), []
+
+    def decide(predictor, hidden_states, threshold):
+        asked.append(threshold)
+        return predictor(hidden_states), predictor(hidden_states) >= threshold
+
+    expected = attached(ids, use_cache=True)
+    for predictor in found.predictors.values():
+        predictor.decide = functools.partial(decide, predictor)
+    with found.record() as record:
+        actual = attached(ids, use_cache=True)
+    assert asked == [found.threshold] * len(found.predictors)
+    assert torch.equal(actual.logits, expected.logits)
+    assert actual.past_key_values.density() == expected.past_key_values.density() < 1
+    assert sorted(record.utilities) == sorted(found.predictors)
+    with found.using(OpenGate()):
+        assert attached(ids, use_cache=True).past_key_values.density() == 1
+    assert len(asked) == len(found.predictors)
