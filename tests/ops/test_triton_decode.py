@@ -88,8 +88,10 @@ def check(actual, query, packed, relative_error, **options):
     if not expected.any():
         assert torch.equal(actual, torch.zeros_like(actual))
         return
-    # A handful of numbers can be lucky: no less than the rounding of the output is asked for.
-    bound = 2 * max(eager_error, torch.finfo(query.dtype).eps / 2)
+    # A handful of numbers can be lucky: no less is asked for than the rounding of the output, or in float32, where it
+    # is not what errs the most, the error of a GPU's exp2 (PTX: ex2.approx, 2^-22).
+    least = 2**-22 if query.dtype == torch.float32 else torch.finfo(query.dtype).eps / 2
+    bound = 2 * max(eager_error, least)
     assert relative_error(actual.double(), expected) <= bound
 
 
@@ -132,7 +134,7 @@ def test_coded_pages_give_what_the_reference_reads_from_them(data, name, relativ
     packed = code(fill(seen, kept, Hkv=Hkv, D=D, window=window, P=P, dtype=dtype), name)
     query = torch.randn(B, Hkv * G, 1, D, device=DEVICE).to(dtype)
     options = {"scale": D**-0.5, "softcap": data.draw(st.sampled_from([None, 2.0]))}
-    actual = decode_with(query, packed, Tile(16), programs, **options)
+    actual = decode_with(query, packed, Tile(32), programs, **options)
     check(actual, query, packed, relative_error, **options)
 
 

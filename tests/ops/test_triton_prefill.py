@@ -221,7 +221,18 @@ def test_coded_pages_and_pairs_about_to_be_coded(name, dtype, chunks):
         chain, slot = ((slot >= 0) & (slot < past.kept[:, None])).nonzero(as_tuple=True)
         held[past.table[chain, slot // 4].long(), slot % 4] = True
         scales.transpose(1, 2)[~held] = float("nan")
-    check(*draw_chunk(1, 2, 2, 50, D, "skewed", dtype), window=window, scale=D**-0.5, past=past)
+    tile = Tile(16, 32, 4, 1)
+    check(*draw_chunk(1, 2, 2, 50, D, "skewed", dtype), window=window, scale=D**-0.5, past=past, tile=tile)
+
+
+def test_a_tile_too_small_for_int4_is_refused():
+    cache = PackedCache(1, 1, 2, 4, page_dtype="int4")
+    pairs = draw_chunk(1, 1, 1, 9, 64, "all", torch.float16)
+    cache.attend(0, *pairs, implementation="reference")
+    options = dict(window=2, scale=0.125, past=cache.layer(0))
+    assert pruned_prefill(*pairs, tile=Tile(16, 32, 4, 1), **options).isfinite().all()
+    with pytest.raises(Exception, match="tiles of int4 take at least 32 rows"):
+        pruned_prefill(*pairs, tile=SMALL, **options)
 
 
 def test_a_cache_without_pages_is_no_past():

@@ -35,6 +35,16 @@ def name(packed: PackedLayer | None) -> str:
 
 
 @triton.jit
+def check_int4_tile(dtype: tl.constexpr, N: tl.constexpr, CODEC: tl.constexpr):
+    """Refuse N rows of int4 that are too few for a product in this dtype.
+
+    Of what was 4 bits wide Triton 3.6 gives each of 4 threads runs of 8 along the inner size of a product of half
+    precision (mma; not wgmma), and where that is less than 32 it drops half of each run.
+    """
+    tl.static_assert(CODEC != "int4" or N >= 32 or dtype == tl.float32, "tiles of int4 take at least 32 rows")
+
+
+@triton.jit
 def load_coded(
     codes, numbers, page, row, mask, page_bytes,
     N: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, P: tl.constexpr, CODEC: tl.constexpr,

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from spkv.ops.packed import PackedLayer
 from spkv.ops.triton import coded
-from spkv.ops.triton.coded import load_coded, load_codes
+from spkv.ops.triton.coded import check_int4_tile, load_coded, load_codes
 from spkv.ops.triton.launch import INTERPRETED, on_device_of, padded
 from spkv.ops.triton.primitives import LOG2_E, dot, tanh
 
@@ -212,6 +212,7 @@ def _attend(
     D_PAD: tl.constexpr, SCANNED: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Each program: the online softmax of its piece of the line of work, one state for every chain it meets."""
+    check_int4_tile(query.dtype.element_ty, N, CODEC)
     program, programs = tl.program_id(0), tl.num_programs(0)
     total = 0
     for start in range(0, C, SCANNED):

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from spkv.ops.packed import PackedLayer
 from spkv.ops.triton import coded
-from spkv.ops.triton.coded import load_coded, rounded
+from spkv.ops.triton.coded import check_int4_tile, load_coded, rounded
 from spkv.ops.triton.launch import INTERPRETED, on_device_of, padded
 from spkv.ops.triton.limits import MAX_HEAD_SIZE
 from spkv.ops.triton.primitives import LOG2_E, dot, tanh
@@ -319,6 +319,7 @@ def _attend(
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     TOKENS: tl.constexpr = M // HEADS
+    check_int4_tile(query.dtype.element_ty, N, CODEC)
     # Programs that share their keys run side by side; the longest rows start first.
     lane = tl.program_id(0) % lanes
     chain = (lane // (GROUP // HEADS)).to(tl.int64)
