@@ -63,12 +63,9 @@ def measure(
         predicted += int((batch["labels"][:, 1:] != IGNORED).sum())
         if found is not None and gate is not None:
             leaves = leaves_window(batch["segment_ids"], found.config.window)[:, None]
-            utilities = record.utilities
-            if found.config.layout is not None:  # what it keeps follows from no utilities
-                anything = logits.new_ones(len(logits), found.decoder.kv_heads, logits.shape[1])
-                utilities = dict.fromkeys(found.decoder.global_layers, anything)
-            for layer, utility in utilities.items():
-                keep = gate.keep(utility, layer=layer, position=batch["position_ids"])
+            full = logits.new_ones(len(logits), found.decoder.kv_heads, logits.shape[1])
+            for layer in found.decoder.global_layers:
+                keep = found.keep(layer, record.utilities.get(layer, full), batch["position_ids"], gate)
                 kept += (keep & leaves).sum()
                 left += int(leaves.sum()) * keep.shape[1]
                 tokens += keep.numel()

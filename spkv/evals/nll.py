@@ -16,7 +16,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spkv.evals.presses import check_press_length, pressing
 from spkv.evals.session import Session, token_losses
-from spkv.gates import HardGate
 from spkv.hf.attach import find_attachment
 from spkv.hf.generation import CacheSize
 from spkv.text import check_readable, document_batches, prefix_ids, read_documents
@@ -249,16 +248,11 @@ def _masked(
             logits = model(ids, use_cache=False).logits
     finally:
         found.oracle = oracle
-    gate, window = found.gate, found.config.window
-    assert isinstance(gate, HardGate)
+    window = found.config.window
     position = torch.arange(ids.shape[1], device=ids.device)[None]
-    full = torch.ones(len(ids), found.decoder.kv_heads, ids.shape[1], dtype=torch.bool, device=ids.device)
-    keep = [
-        gate.keep(record.utilities.get(layer, full.float()), layer=layer, position=position)
-        if layer in found.layers or found.config.layout is not None
-        else full
-        for layer in found.decoder.global_layers
-    ]
+    full = torch.ones(len(ids), found.decoder.kv_heads, ids.shape[1], device=ids.device)
+    layers = found.decoder.global_layers
+    keep = [found.keep(layer, record.utilities.get(layer, full), position) for layer in layers]
     decisions = torch.stack(keep, dim=1).double().flatten(1, 2)  # [B, layers * Hkv, L]
 
     def sizes_at(tokens: int) -> list[CacheSize]:

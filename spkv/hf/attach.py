@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from spkv.config import PageDtype, SPKVConfig, check_threshold
-from spkv.gates import Gate, HardGate, LayoutGate, ThresholdGate
+from spkv.gates import Gate, HardGate, LayoutGate, OpenGate, ThresholdGate
 from spkv.hf import forward, graph
 from spkv.hf.cache import SPKVCache
 from spkv.hf.families import Decoder, find_decoder
@@ -74,6 +74,31 @@ class Attachment:
         """The gate that the config asks for."""
         config = self.config
         return ThresholdGate(config.threshold) if config.layout is None else LayoutGate(config.layout, config.sinks)
+
+    def gate_of(self, layer: int, gate: Gate | None = None) -> Gate:
+        """What a global layer makes of `gate`, or of the one in force.
+
+        Without a predictor it keeps everything, unless a static layout says what it keeps.
+        """
+        gate = self.gate if gate is None else gate
+        return gate if layer in self.layers or self.config.layout is not None else OpenGate()
+
+    def keep(self, layer: int, utility: Tensor, position: Tensor, gate: Gate | None = None) -> Tensor:
+        """What a global layer keeps, [B, Hkv, T] bool, under the gate in force or another.
+
+        Args:
+            layer: its index in the model.
+            utility: [B, Hkv, T]; anything where the layer has no predictor.
+            position: [B or 1, T].
+            gate: a hard one; None for the one in force.
+
+        Raises:
+            ValueError: if the gate is soft.
+        """
+        gate = self.gate_of(layer, gate)
+        if not isinstance(gate, HardGate):
+            raise ValueError(f"a hard gate is needed, which keeps or drops, not {type(gate).__name__}")
+        return gate.keep(utility, layer=layer, position=position)
 
     def layout_density(self) -> float:
         """Share of the KV heads in global layers that a static layout keeps; sinks not counted."""

@@ -226,8 +226,7 @@ def _decide(context: ForwardContext, module: Any, hidden_states: Tensor) -> tupl
         return utility, None
     if keep is None:
         # Here and not where it is needed: in a captured graph this runs beside the projections.
-        assert isinstance(gate, HardGate)  # or there would be no cache
-        keep = gate.keep(utility, layer=module.layer_idx, position=context.position)
+        keep = context.attachment.keep(module.layer_idx, utility, context.position, gate)
     context.cache.expect(module.layer_idx, keep, context.valid)
     return utility, keep
 
@@ -256,13 +255,13 @@ def attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     options: dict[str, Any] = dict(scale=scaling, softcap=softcap, sinks=s_aux)
     layer, window = module.layer_idx, spkv.attachment.config.window
-    utility, gate = spkv.utility, spkv.gate
-    if utility is None:  # a global layer without a predictor keeps everything, unless a layout says what it keeps
+    utility, gate = spkv.utility, spkv.attachment.gate_of(layer, spkv.gate)
+    if utility is None:
         utility = query.new_ones(key.shape[:3], dtype=torch.float32)
-        gate = OpenGate() if spkv.attachment.config.layout is None else gate
     if spkv.cache is not None:
-        assert isinstance(gate, HardGate)  # or there would be no cache
-        keep = gate.keep(utility, layer=layer, position=spkv.position) if spkv.keep is None else spkv.keep
+        keep = spkv.keep
+        if keep is None:
+            keep = spkv.attachment.keep(layer, utility, spkv.position, spkv.gate)
         if spkv.attachment.observer is not None:
             spkv.attachment.observer(layer, query, key, keep, **options)
         out = spkv.cache.attend(layer, query, key, value, keep, spkv.valid, **options)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spkv.gates import Gate, HardGate
+from spkv.gates import Gate
 from spkv.hf.attach import Attachment, attachment
 from spkv.hf.generation import CHUNK_SIZE, read
 from spkv.inspect.report import plot_density, write_token_page
@@ -97,9 +97,6 @@ def decisions(
     Raises:
         ValueError: if the gate does not decide (it is soft), or nothing was recorded.
     """
-    gate = found.gate if gate is None else gate
-    if not isinstance(gate, HardGate):
-        raise ValueError(f"a hard gate is needed, which keeps or drops, not {type(gate).__name__}")
     layers, static = found.decoder.global_layers, found.config.layout is not None
     if utilities:
         some = next(iter(utilities.values()))
@@ -109,14 +106,7 @@ def decisions(
         raise ValueError("no utilities were recorded")
     position = torch.arange(some.shape[2])[None]
     rows = [utilities.get(layer, torch.ones_like(some)) for layer in layers]
-    keep = torch.cat(
-        [
-            gate.keep(row, layer=layer, position=position)
-            if layer in utilities or static
-            else torch.ones_like(row, dtype=torch.bool)
-            for layer, row in zip(layers, rows, strict=True)
-        ]
-    )
+    keep = torch.cat([found.keep(layer, row, position, gate) for layer, row in zip(layers, rows, strict=True)])
     return TextDensities(layers, keep.float() if static else torch.cat(rows), keep, found.config.window)
 
 
