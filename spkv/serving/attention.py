@@ -50,7 +50,7 @@ class BatchBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         return Batch(starts, single, common_attn_metadata.block_table_tensor[:requests, 0])
 
 
-class SlabBackend(AttentionBackend):  # type: ignore[misc]
+class SlabBackend(versions.OneMemoryBackend, AttentionBackend):  # type: ignore[misc]
     """Tells vLLM how the memory must lie; the layer itself computes."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.bfloat16, torch.float16]
@@ -66,10 +66,6 @@ class SlabBackend(AttentionBackend):  # type: ignore[misc]
     @staticmethod
     def get_builder_cls() -> type[BatchBuilder]:
         return BatchBuilder
-
-    @classmethod
-    def supported_kv_cache_layouts(cls) -> Any:
-        return versions.one_memory()
 
 
 class SelfPrunedAttention(nn.Module, AttentionLayerBase):  # type: ignore[misc]
@@ -134,4 +130,5 @@ class SelfPrunedAttention(nn.Module, AttentionLayerBase):  # type: ignore[misc]
             head_size=self.head_size,
             dtype=vllm_config.model_config.dtype,
             sizes=sizes,
+            **versions.spec_options(),
         )

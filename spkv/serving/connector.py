@@ -54,12 +54,25 @@ class SPKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def requires_kv_delivery(self) -> bool:
         return False
 
+    @property
+    def prefer_cross_layer_blocks(self) -> bool:
+        """Up to vLLM 0.28: whether all layers shall lie in one piece of memory."""
+        return True
+
+    def register_cross_layers_kv_cache(self, kv_cache: Tensor, attn_backend: Any) -> None:
+        """Up to vLLM 0.28, in place of `register_kv_caches`."""
+        self._put_cache_into(kv_cache.view(-1))
+
     def register_kv_caches(self, kv_caches: dict[str, Tensor]) -> None:
-        """Put our cache into the memory that vLLM has allocated, and show it to all layers."""
-        layers = list(get_layers_from_vllm_config(self._vllm_config, SelfPrunedAttention, list(kv_caches)).values())
+        """vLLM has allocated the memory."""
+        self._put_cache_into(versions.memory(kv_caches))
+
+    def _put_cache_into(self, memory: Tensor) -> None:
+        """Put our cache into the memory of all layers, and show it to them."""
+        layers = list(get_layers_from_vllm_config(self._vllm_config, SelfPrunedAttention).values())
         config, kv_heads, head_size = layers[0].config, layers[0].kv_heads, layers[0].head_size
         self.cache = SlabCache(
-            versions.memory(kv_caches).view(-1, 2, config.page_size, head_size),
+            memory.view(-1, 2, config.page_size, head_size),
             len(layers),
             kv_heads,
             config.window,
@@ -79,9 +92,8 @@ class SPKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         report = self.uses.after(self._connector_metadata.orders)
         return None if report is None else StepReport(*report)
 
-    def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
-        super().bind_kv_cache_manager(kv_cache_manager)
-        (self.manager,) = kv_cache_manager.coordinator.single_type_managers
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        self.manager = SlabManager.of(gpu_block_pool)
 
     def build_connector_meta(self, scheduler_output: Any) -> StepOrders:
         return StepOrders(self.manager.ledger.orders())

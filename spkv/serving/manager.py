@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,10 @@ class SlabSpec(FullAttentionSpec):  # type: ignore[misc]
         return specs[0]
 
 
+# By the id of the pool, which a manager keeps alive.
+_OF_POOL: weakref.WeakValueDictionary[int, SlabManager] = weakref.WeakValueDictionary()
+
+
 class SlabManager(SingleTypeKVCacheManager):  # type: ignore[misc]
     """Keeps the ledger, and the blocks that go with it.
 
@@ -47,6 +52,12 @@ class SlabManager(SingleTypeKVCacheManager):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.ledger = Ledger(self.kv_cache_spec.sizes)
+        _OF_POOL[id(self.block_pool)] = self
+
+    @staticmethod
+    def of(block_pool: Any) -> SlabManager:
+        """The manager of a pool's blocks."""
+        return _OF_POOL[id(block_pool)]
 
     def get_num_blocks_to_allocate(
         self, request_id: str, num_tokens: int, *args: Any, apply_admission_cap: bool = False, **kwargs: Any

@@ -6,7 +6,7 @@ vLLM promises none of them but the entry point and `ModelRegistry`, so only vers
 from __future__ import annotations
 
 import contextlib
-import re
+import dataclasses
 from typing import Any
 
 from torch import Tensor
@@ -24,20 +24,16 @@ ARCHITECTURES = {
     f"{family}ForCausalLM": f"SPKV{family}ForCausalLM" for family in ("Llama", "Mistral", "Qwen2", "Qwen3")
 }
 CONNECTOR = "SPKVConnector"
-_FIRST, _LAST = (0, 32), (0, 32)
+_TESTED = ("0.26", "0.32")
 
 
 def check_version(version: str | None = None) -> None:
     """Raise an ImportError for a vLLM that this version of spkv was not tested with."""
     version = vllm.__version__ if version is None else version
-    found = re.match(r"(\d+)\.(\d+)\.", version)
-    if found is None or not _FIRST <= (int(found[1]), int(found[2])) <= _LAST:
-        first, last = (".".join(map(str, bound)) for bound in (_FIRST, _LAST))
+    if not any(version.startswith(tested + ".") for tested in _TESTED):
         raise ImportError(
-            f"spkv serves through vLLM {first}"
-            + (f" to {last}" if first != last else "")
-            + f", and this is {version}: "
-            "vLLM's interfaces for caches change from version to version. pip install 'spkv[vllm]' takes one that fits"
+            f"spkv serves through vLLM {' and '.join(_TESTED)}, and this is {version}: vLLM's interfaces for caches "
+            "change from version to version. pip install 'spkv[vllm]' takes one that fits"
         )
 
 
@@ -85,11 +81,35 @@ def reports_come_late() -> bool:
     return not current_platform.is_cpu()
 
 
-def one_memory() -> Any:
-    """What a backend says so that all layers lie in one piece of memory, block by block."""
-    from vllm.v1.kv_cache_layout import KVCacheLayout
+class OneMemoryBackend:
+    """A backend for which all layers lie in one piece of memory, block by block."""
 
-    return (KVCacheLayout.BLHNC,)
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> Any:
+        """From 0.30 on."""
+        from vllm.v1.kv_cache_layout import KVCacheLayout
+
+        return (KVCacheLayout.BLHNC,)
+
+    @staticmethod
+    def get_kv_cache_shape(
+        num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, cache_dtype_str: str = "auto"
+    ) -> tuple[int, ...]:
+        """Up to 0.28, of a layer."""
+        return num_blocks, 2, block_size, num_kv_heads, head_size
+
+    @staticmethod
+    def get_kv_cache_stride_order(include_num_layers_dimension: bool = False) -> tuple[int, ...]:
+        """Up to 0.28: blocks outside of layers."""
+        return (1, 0, 2, 3, 4, 5) if include_num_layers_dimension else (0, 1, 2, 3, 4)
+
+
+def spec_options() -> dict[str, Any]:
+    """What the spec of a layer says so that the layers share one piece of memory."""
+    from vllm.v1.kv_cache_interface import AttentionSpec
+
+    fields = {field.name for field in dataclasses.fields(AttentionSpec)}
+    return {name: True for name in ("indexes_kv_by_block_stride",) if name in fields}  # up to 0.28
 
 
 def memory(kv_caches: dict[str, Tensor]) -> Tensor:

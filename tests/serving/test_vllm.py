@@ -167,7 +167,7 @@ def test_versions_that_were_not_tested_are_refused(engine, monkeypatch):
 
     versions.check_version()
     for version in ("0.31.2", "0.33.0", "1.0.0", "dev"):
-        with pytest.raises(ImportError, match=f"through vLLM 0.32, and this is {version}"):
+        with pytest.raises(ImportError, match=f"through vLLM 0.26 and 0.32, and this is {version}"):
             versions.check_version(version)
     monkeypatch.setattr(vllm, "__version__", "0.33.1")
     with pytest.raises(ImportError, match="this is 0.33.1"):
