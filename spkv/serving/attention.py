@@ -17,7 +17,7 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, Attention
 from spkv.serving import settings, versions
 from spkv.serving.ledger import SlabSizes
 from spkv.serving.manager import SlabSpec
-from spkv.serving.slabs import SlabCache
+from spkv.serving.slabs import SlabCache, Step
 
 
 @dataclass
@@ -28,11 +28,15 @@ class Batch(AttentionMetadata):  # type: ignore[misc]
         starts: where the tokens of each begin, and where the last ends.
         single: how many, at the front, have one token only.
         first_slabs: [requests], what tells them.
+        longest: tokens of the longest of them, or more.
+        step: what layers attend to, from the first on.
     """
 
     starts: list[int]
     single: int
     first_slabs: Tensor
+    longest: int
+    step: Step | None = None
 
 
 class BatchBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
@@ -47,7 +51,8 @@ class BatchBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         single = 0
         while single < requests and starts[single + 1] - starts[single] == 1:
             single += 1
-        return Batch(starts, single, common_attn_metadata.block_table_tensor[:requests, 0])
+        first_slabs = common_attn_metadata.block_table_tensor[:requests, 0]
+        return Batch(starts, single, first_slabs, common_attn_metadata.max_seq_len)
 
 
 class SlabBackend(versions.OneMemoryBackend, AttentionBackend):  # type: ignore[misc]
@@ -97,18 +102,22 @@ class SelfPrunedAttention(nn.Module, AttentionLayerBase):  # type: ignore[misc]
         if batches is None:  # vLLM measures memory
             return out
         batch: Batch = batches[self.name]
-        rows = self.cache.row_of_slab[batch.first_slabs].long()
+        if batch.step is None:
+            batch.step = self.cache.begin(batch.first_slabs, batch.longest)
         queries, outs = (t.view(-1, self.num_heads, self.head_size) for t in (query, out))
         keys, values = (t.view(-1, self.kv_heads, self.head_size) for t in (key, value))
         keeps = self.keep[0].T  # [n, Hkv]
         n = batch.single
         if n:
             new = [t[:n].unsqueeze(2) for t in (queries, keys, values, keeps)]
-            outs[:n] = self.cache.attend(self.layer, rows[:n], *new, scale=self.scale)[:, :, 0]
+            outs[:n] = batch.step.attend(self.layer, slice(0, n), *new, scale=self.scale)[:, :, 0]
         for i in range(n, len(batch.starts) - 1):
             tokens = slice(batch.starts[i], batch.starts[i + 1])
             new = [t[tokens].transpose(0, 1).unsqueeze(0) for t in (queries, keys, values, keeps)]
-            outs[tokens] = self.cache.attend(self.layer, rows[i : i + 1], *new, scale=self.scale)[0].transpose(0, 1)
+            attended = batch.step.attend(self.layer, slice(i, i + 1), *new, scale=self.scale)
+            outs[tokens] = attended[0].transpose(0, 1)
+        if self.layer == self.cache.layers - 1:
+            batch.step.end()
         return out
 
     def get_attn_backend(self) -> type[AttentionBackend]:

@@ -1,7 +1,7 @@
 """The packed cache on the worker's side: rings and kept chains of all layers in slabs that vLLM hands out.
 
 Legend: R rows, one a request; Hkv KV heads; C = R * Hkv chains; P pairs in a page; D head size; w window; B requests
-of a pass; T tokens of each.
+of a step; T tokens of each of N of them.
 
 A slab is a number of pages in a row, as many for each chain of a request. Any chain may use any page of its request's
 slabs: a request's pages are numbered through, page n being page n % per_slab of its slab n // per_slab, and a cursor
@@ -42,8 +42,7 @@ class SlabCache:
         self.ring_pages = -(-window // self.page_size)
         pages = self.ring_pages - (-max_tokens // self.page_size)  # of a chain, at most
         integers: dict[str, Any] = dict(dtype=torch.int32, device=pool.device)
-        # The last column belongs to nobody: what is not to be written is written there.
-        self.table = torch.zeros(layers, rows * kv_heads, pages + 1, **integers)
+        self.table = torch.zeros(layers, rows * kv_heads, pages, **integers)
         self.seen = torch.zeros(layers, rows, **integers)
         self.kept = torch.zeros(layers, rows * kv_heads, **integers)
         self.ring_keep = torch.zeros(layers, rows * kv_heads, window, dtype=torch.bool, device=pool.device)
@@ -63,63 +62,96 @@ class SlabCache:
                 self.seen[:, row] = 0
                 self.kept[:, row * self.kv_heads : (row + 1) * self.kv_heads] = 0
 
+    def begin(self, first_slabs: Tensor, longest: int) -> Step:
+        """Begin a step of requests, told by their first slabs [B]; `longest` as in `Step`."""
+        return Step(self, self.row_of_slab[first_slabs], longest)
+
     def slabs_of(self, pages: int) -> int:
         """Slabs that so many pages of a request lie in."""
         return -(-pages // self.per_slab)
 
+
+class Step:
+    """What a cache holds of the requests of a step, side by side, for all layers; call `end` after the last.
+
+    Gathered at once, since requests lie in rows anywhere, and a layer's part is little work for many launches. Tables
+    are as wide as the longest request may need.
+
+    Args:
+        cache: which changes when the step ends.
+        rows: [B] integers, all different.
+        longest: tokens of the longest request, those of this step included, or more.
+    """
+
+    def __init__(self, cache: SlabCache, rows: Tensor, longest: int) -> None:
+        self.cache, self.rows = cache, rows.long()
+        self.chains = (self.rows[:, None] * cache.kv_heads + torch.arange(cache.kv_heads, device=rows.device)).flatten()
+        # The last column belongs to nobody: what is not to be written is written there.
+        self.columns = min(cache.ring_pages - (-longest // cache.page_size), cache.table.shape[2])
+        table = cache.table[:, self.chains, : self.columns]
+        self.table = torch.nn.functional.pad(table, (0, 1))
+        self.seen, self.kept = cache.seen[:, self.rows], cache.kept[:, self.chains]
+        self.ring_keep = cache.ring_keep[:, self.chains]
+        self.slabs, self.taken = cache.slabs[self.rows], cache.taken[self.rows]
+
     def attend(
-        self, layer: int, rows: Tensor, query: Tensor, key: Tensor, value: Tensor, keep: Tensor, *, scale: float
+        self, layer: int, requests: slice, query: Tensor, key: Tensor, value: Tensor, keep: Tensor, *, scale: float
     ) -> Tensor:
         """Write new pairs and return the attention of their queries against everything visible.
 
         Args:
             layer: 0 to layers - 1.
-            rows: [B] integers, all different.
-            query: [B, H, T, D]; key, value: [B, Hkv, T, D]; keep: [B, Hkv, T] bool.
+            requests: N of the step's, which have as many tokens.
+            query: [N, H, T, D]; key, value: [N, Hkv, T, D]; keep: [N, Hkv, T] bool.
             scale: factor on the scores.
 
         Returns:
-            [B, H, T, D].
+            [N, H, T, D].
         """
-        chains = (rows[:, None] * self.kv_heads + torch.arange(self.kv_heads, device=rows.device)).flatten()
+        heads = self.cache.kv_heads
+        chains = slice(requests.start * heads, requests.stop * heads)
         packed = PackedLayer(
-            pool=self.pool,
+            pool=self.cache.pool,
             table=self.table[layer, chains],
-            seen=self.seen[layer, rows],
+            seen=self.seen[layer, requests],
             kept=self.kept[layer, chains],
             ring_keep=self.ring_keep[layer, chains],
-            window=self.window,
+            window=self.cache.window,
         )
-        self._take_pages(rows, packed, keep)
+        self._take_pages(requests, packed, keep)
         out = None
         if query.shape[2] > 1:
-            out = pruned_prefill(query, key, value, keep, window=self.window, scale=scale, past=packed)
+            out = pruned_prefill(query, key, value, keep, window=self.cache.window, scale=scale, past=packed)
         write(packed, key, value, keep)
-        if out is None:
-            out = packed_decode(query, packed, scale=scale)
-        self.table[layer, chains], self.ring_keep[layer, chains] = packed.table, packed.ring_keep
-        self.seen[layer, rows], self.kept[layer, chains] = packed.seen, packed.kept
-        return out
+        return packed_decode(query, packed, scale=scale) if out is None else out
 
-    def _take_pages(self, rows: Tensor, packed: PackedLayer, keep: Tensor) -> None:
-        """Enter the pages that writing these tokens takes into `packed.table`, and advance the cursors."""
-        B, Hkv, T = keep.shape
+    def end(self) -> None:
+        """Put everything back."""
+        cache = self.cache
+        cache.table[:, self.chains, : self.columns] = self.table[..., :-1]
+        cache.seen[:, self.rows], cache.kept[:, self.chains] = self.seen, self.kept
+        cache.ring_keep[:, self.chains], cache.taken[self.rows] = self.ring_keep, self.taken
+
+    def _take_pages(self, requests: slice, packed: PackedLayer, keep: Tensor) -> None:
+        """Enter the pages that writing these tokens takes into the table, and advance the cursors."""
+        (N, Hkv, T), page_size, per_slab = keep.shape, self.cache.page_size, self.cache.per_slab
         ring_held, ring_new, kept_held, kept_new = pages_held_and_new(packed, keep)
-        ring_held, ring_new = (n[:, None].expand(B, Hkv) for n in (ring_held, ring_new))
-        kept_held, kept_new = (n.view(B, Hkv) for n in (kept_held, kept_new))
-        # [B, Hkv, 2]: pages of ring and kept pages, and the first column for each.
+        ring_held, ring_new = (n[:, None].expand(N, Hkv) for n in (ring_held, ring_new))
+        kept_held, kept_new = (n.view(N, Hkv) for n in (kept_held, kept_new))
+        # [N, Hkv, 2]: pages of ring and kept pages, and the first column for each.
         count = torch.stack([ring_new, kept_new], 2)
-        column = torch.stack([ring_held, self.ring_pages + kept_held], 2)
+        column = torch.stack([ring_held, self.cache.ring_pages + kept_held], 2)
         before = (count.flatten(1).cumsum(1) - count.flatten(1)).view_as(count)
         # As many as there can be for each, so that the host need not know how many there are.
-        nth = torch.arange(-(-T // self.page_size), device=rows.device)
+        nth = torch.arange(-(-T // page_size), device=keep.device)
         wanted = nth < count[..., None]
-        number = self.taken[rows].view(B, 1, 1, 1) + before[..., None] + nth
-        slab = self.slabs[rows[:, None], (number // self.per_slab).clamp_max(self.slabs.shape[1] - 1).flatten(1)]
-        page = slab.view_as(number) * self.per_slab + number % self.per_slab
-        columns = torch.where(wanted, column[..., None] + nth, self.table.shape[2] - 1)
-        packed.table.view(B, Hkv, -1).scatter_(2, columns.flatten(2), page.flatten(2).to(packed.table.dtype))
-        self.taken[rows] += count.sum((1, 2)).to(self.taken.dtype)
+        number = self.taken[requests].view(N, 1, 1, 1) + before[..., None] + nth
+        last = self.slabs.shape[1] - 1
+        slab = self.slabs[requests].gather(1, (number // per_slab).clamp_max(last).flatten(1))
+        page = slab.view_as(number) * per_slab + number % per_slab
+        columns = torch.where(wanted, column[..., None] + nth, self.columns)
+        packed.table.view(N, Hkv, -1).scatter_(2, columns.flatten(2), page.flatten(2).to(packed.table.dtype))
+        self.taken[requests] += count.sum((1, 2)).to(self.taken.dtype)
 
 
 class UseReader:

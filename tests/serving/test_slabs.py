@@ -45,19 +45,22 @@ def test_random_schedules_equal_the_dense_cache(window, slab_tokens, late):
             seen[name] = start + tokens
         orders = ledger.orders()
         cache.apply(orders)
+        batch = dict(sorted(batch.items(), key=lambda item: item[1]))
+        first_slabs = torch.tensor([held[name][0] for name in batch], dtype=torch.int32)
+        step = cache.begin(first_slabs, max((seen[name] for name in batch), default=0) + rng.choice([0, 1, 300]))
         for layer in range(LAYERS):
             for tokens in {*batch.values()}:
                 names = [name for name in batch if batch[name] == tokens]
-                B = len(names)
+                B, first = len(names), [*batch].index(names[0])
                 query = torch.randn(B, HEADS, tokens, D)
                 key, value = torch.randn(2, B, KV_HEADS, tokens, D)
                 keep = torch.rand(B, KV_HEADS, tokens) < rng.choice([0.1, 0.5, 1.0])
-                rows = cache.row_of_slab[torch.tensor([held[name][0] for name in names])]
-                out = cache.attend(layer, rows, query, key, value, keep, scale=D**-0.5)
+                out = step.attend(layer, slice(first, first + B), query, key, value, keep, scale=D**-0.5)
                 for b, name in enumerate(names):
                     one = (tensor[b : b + 1] for tensor in (query, key, value, keep))
                     expected = oracles[name].attend(layer, *one, scale=D**-0.5)
                     torch.testing.assert_close(out[b : b + 1], expected)
+        step.end()
         report = uses.after(orders)
         if report is not None:
             for name, count in ledger.report(*report).items():
