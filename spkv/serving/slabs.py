@@ -18,6 +18,7 @@ from torch import Tensor
 from spkv.ops.attention import packed_decode, pruned_prefill, write
 from spkv.ops.packed import PackedLayer
 from spkv.ops.reference import pages_held_and_new
+from spkv.ops.triton import limits
 from spkv.serving.ledger import Orders
 
 
@@ -108,9 +109,24 @@ class Step:
         Returns:
             [N, H, T, D].
         """
+        packed = self.layer(layer, requests)
+        if query.shape[2] == 1 and limits.count_pages({"packed": packed}) is None:
+            from spkv.ops.triton.slabs import take_pages
+
+            take_pages(packed, self.slabs[requests], self.taken[requests], self.cache.per_slab)
+        else:
+            self._take_pages(requests, packed, keep)
+        out = None
+        if query.shape[2] > 1:
+            out = pruned_prefill(query, key, value, keep, window=self.cache.window, scale=scale, past=packed)
+        write(packed, key, value, keep)
+        return packed_decode(query, packed, scale=scale) if out is None else out
+
+    def layer(self, layer: int, requests: slice) -> PackedLayer:
+        """The storage of some requests in one layer, as the operators take it; what they write stays in the step."""
         heads = self.cache.kv_heads
         chains = slice(requests.start * heads, requests.stop * heads)
-        packed = PackedLayer(
+        return PackedLayer(
             pool=self.cache.pool,
             table=self.table[layer, chains],
             seen=self.seen[layer, requests],
@@ -118,12 +134,6 @@ class Step:
             ring_keep=self.ring_keep[layer, chains],
             window=self.cache.window,
         )
-        self._take_pages(requests, packed, keep)
-        out = None
-        if query.shape[2] > 1:
-            out = pruned_prefill(query, key, value, keep, window=self.cache.window, scale=scale, past=packed)
-        write(packed, key, value, keep)
-        return packed_decode(query, packed, scale=scale) if out is None else out
 
     def end(self) -> None:
         """Put everything back."""
