@@ -63,6 +63,7 @@ def measure(
         predicted += int((batch["labels"][:, 1:] != IGNORED).sum())
         if found is not None and gate is not None:
             leaves = leaves_window(batch["segment_ids"], found.config.window)[:, None]
+            # A layer without a predictor counts, too: it keeps everything.
             full = logits.new_ones(len(logits), found.decoder.kv_heads, logits.shape[1])
             for layer in found.decoder.global_layers:
                 keep = found.keep(layer, record.utilities.get(layer, full), batch["position_ids"], gate)

@@ -48,7 +48,8 @@ class Attachment:
         oracle: True computes passes without a cache through a dense mask, for tests and evaluation.
         max_memory: bytes that a cache made by `generate()` may take at most; None for no bound.
         page_dtype: how its kept pairs are coded; as in `SPKVConfig`, whose value it starts with.
-        aside: the stream that predictors run on, if not that of the rest; see `concurrent_projections`.
+        predictor_stream: what predictors run on, if not the stream of the rest; see `concurrent_projections`.
+        decided: when what runs there is done, until somebody has waited for it.
         observer: called by every global layer of a pass that fills a cache; see `observing`.
         training: what the checkpoint that was loaded remembers of its training; any JSON.
     """
@@ -59,7 +60,8 @@ class Attachment:
         self.oracle = False
         self.max_memory: int | None = None
         self.page_dtype: PageDtype = config.page_dtype
-        self.aside: torch.cuda.Stream | None = None
+        self.predictor_stream: torch.cuda.Stream | None = None
+        self.decided: torch.cuda.Event | None = None
         self.observer: forward.Observer | None = None
         self.training: dict[str, Any] = {}
         self.suspended = False
@@ -74,6 +76,12 @@ class Attachment:
         """The gate that the config asks for."""
         config = self.config
         return ThresholdGate(config.threshold) if config.layout is None else LayoutGate(config.layout, config.sinks)
+
+    def join_predictor(self, *_: Any) -> None:
+        """Let the current stream wait for what runs on the predictors' own."""
+        if self.decided is not None:
+            torch.cuda.current_stream().wait_event(self.decided)
+            self.decided = None
 
     def gate_of(self, layer: int, gate: Gate | None = None) -> Gate:
         """What a global layer makes of `gate`, or of the one in force.

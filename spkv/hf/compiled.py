@@ -111,6 +111,9 @@ def _is_bare(module: nn.Module) -> bool:
 
 def _decide(predictor: UtilityPredictor, hidden_states: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """Utilities and what is kept, for the few tokens of a decode step."""
+    if torch.is_autocast_enabled(hidden_states.device.type):  # which casts for torch's own operators alone
+        utility = predictor(hidden_states)
+        return utility, utility >= threshold
     from spkv.ops.triton.utility import decide  # here is Triton, since here is a graph
 
     *first, last = predictor.hidden_layers

@@ -25,12 +25,16 @@ _ASIDE = ((("k_proj", "v_proj"), "q_proj"), (("up_proj",), "gate_proj"))
 @contextlib.contextmanager
 def concurrent_projections(model: PreTrainedModel) -> Iterator[None]:
     """Inside, projections of one input, and predictors, run on streams of their own; for a captured step, on CUDA."""
-    *streams, last = _side_streams(model.device)
+    *streams, predictors = _side_streams(model.device)
     with contextlib.ExitStack() as undo:
         for module in list(model.modules()):
             if (attachment := getattr(module, "spkv_attachment", None)) is not None:
-                attachment.aside = last
-                undo.callback(setattr, attachment, "aside", None)
+                attachment.predictor_stream = predictors
+                undo.callback(setattr, attachment, "predictor_stream", None)
+                for layer in attachment.layers:
+                    # Attention joins it. Where that is not reached, the capture would end with an open branch.
+                    attention = attachment.decoder.attentions[layer]
+                    undo.callback(attention.register_forward_hook(attachment.join_predictor, always_call=True).remove)
             for names, beside in _ASIDE:
                 projections = [getattr(module, name, None) for name in names]
                 if hasattr(module, beside) and all(isinstance(projection, nn.Module) for projection in projections):

@@ -48,7 +48,6 @@ class ForwardContext:
         record: where utilities go, or None.
         utility: [B, Hkv, T], once the attention's pre-hook has run.
         keep: [B, Hkv, T] bool, what a hard gate makes of it where there is a cache.
-        decided: when both are there, if they are computed on a stream of their own.
     """
 
     attachment: Attachment
@@ -60,7 +59,6 @@ class ForwardContext:
     record: Record | None
     utility: Tensor | None = None
     keep: Tensor | None = None
-    decided: torch.cuda.Event | None = None
 
 
 def mask(original: str, *args: Any, local_size: int | None = None, **kwargs: Any) -> Any:
@@ -202,18 +200,20 @@ def attention_pre_hook(found: Attachment, module: Any, args: tuple[Any, ...], kw
         return None
     if module.layer_idx not in found.layers:
         return args, {**kwargs, _KEYWORD: context}
-    hidden_states, decided = args[0] if args else kwargs["hidden_states"], None
-    if found.aside is None:
-        utility, keep = _decide(context, module, hidden_states)
+    hidden_states = args[0] if args else kwargs["hidden_states"]
+    if found.predictor_stream is None:
+        utility, keep = _utility_and_keep(context, module, hidden_states)
     else:
-        found.aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(found.aside):
-            utility, keep = _decide(context, module, hidden_states)
-            decided = found.aside.record_event()
-    return args, {**kwargs, _KEYWORD: dataclasses.replace(context, utility=utility, keep=keep, decided=decided)}
+        found.predictor_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(found.predictor_stream):
+            try:
+                utility, keep = _utility_and_keep(context, module, hidden_states)
+            finally:
+                found.decided = found.predictor_stream.record_event()
+    return args, {**kwargs, _KEYWORD: dataclasses.replace(context, utility=utility, keep=keep)}
 
 
-def _decide(context: ForwardContext, module: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+def _utility_and_keep(context: ForwardContext, module: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
     """Utilities of an attention's input, and what a hard gate keeps of it where there is a cache."""
     predictor, gate, keep = module.utility_predictor, context.gate, None
     if predictor.decide is not None and isinstance(gate, ThresholdGate):
@@ -247,17 +247,15 @@ def attention(
     """The attention function of global layers, as transformers calls it: returns [B, T, H, D] and no weights."""
     if spkv is None:
         raise ValueError("the decoder of an attached model must be called as a whole, not layer by layer")
-    if spkv.decided is not None:
-        torch.cuda.current_stream().wait_event(spkv.decided)
+    spkv.attachment.join_predictor()
     if torch.is_autocast_enabled(query.device.type):
         # Under autocast rotary embedding leaves queries and keys in float32, beside half-precision values.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     options: dict[str, Any] = dict(scale=scaling, softcap=softcap, sinks=s_aux)
     layer, window = module.layer_idx, spkv.attachment.config.window
-    utility, gate = spkv.utility, spkv.attachment.gate_of(layer, spkv.gate)
-    if utility is None:
-        utility = query.new_ones(key.shape[:3], dtype=torch.float32)
+    utility = query.new_ones(key.shape[:3], dtype=torch.float32) if spkv.utility is None else spkv.utility
+    gate = spkv.attachment.gate_of(layer, spkv.gate)
     if spkv.cache is not None:
         keep = spkv.keep
         if keep is None:

@@ -246,8 +246,8 @@ def _prefill(
 
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream that steps are captured on, which goes before what runs beside it: the predictor's chain of small
-    kernels is longer than a projection. One for all captures, since cuBLAS keeps a workspace for each stream.
+    """The stream that steps are captured on, which goes before what runs beside it. One for all captures, since cuBLAS
+    keeps a workspace for each stream.
     """
     return torch.cuda.Stream(device, priority=-1)
 

@@ -29,7 +29,7 @@ class Batch(AttentionMetadata):  # type: ignore[misc]
         single: how many, at the front, have one token only.
         first_slabs: [requests], what tells them.
         longest: tokens of the longest of them, or more.
-        step: what layers attend to, from the first on.
+        step: the cache's part in it; begun by the first layer, ended by the last.
     """
 
     starts: list[int]
@@ -118,6 +118,7 @@ class SelfPrunedAttention(nn.Module, AttentionLayerBase):  # type: ignore[misc]
             outs[tokens] = attended[0].transpose(0, 1)
         if self.layer == self.cache.layers - 1:
             batch.step.end()
+            batch.step = None
         return out
 
     def get_attn_backend(self) -> type[AttentionBackend]:
@@ -139,5 +140,4 @@ class SelfPrunedAttention(nn.Module, AttentionLayerBase):  # type: ignore[misc]
             head_size=self.head_size,
             dtype=vllm_config.model_config.dtype,
             sizes=sizes,
-            **versions.spec_options(),
         )

@@ -52,6 +52,7 @@ class SlabManager(SingleTypeKVCacheManager):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.ledger = Ledger(self.kv_cache_spec.sizes)
+        assert id(self.block_pool) not in _OF_POOL, "one manager holds all layers' slabs"
         _OF_POOL[id(self.block_pool)] = self
 
     @staticmethod

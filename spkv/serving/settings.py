@@ -53,6 +53,7 @@ class Settings:
         model_config, cache_config = vllm_config.model_config, vllm_config.cache_config
         stored = _read(model_config)
         check_features(vllm_config)
+        versions.check_runner(vllm_config)
         config = check_model(stored, model_config.hf_config)
         model_config.hf_config.spkv = stored  # it travels to all processes
         vllm_config.kv_transfer_config = versions.connector_config()

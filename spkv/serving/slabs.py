@@ -43,7 +43,8 @@ class SlabCache:
         self.ring_pages = -(-window // self.page_size)
         pages = self.ring_pages - (-max_tokens // self.page_size)  # of a chain, at most
         integers: dict[str, Any] = dict(dtype=torch.int32, device=pool.device)
-        self.table = torch.zeros(layers, rows * kv_heads, pages, **integers)
+        # The last column belongs to nobody: what is not to be written is written there.
+        self.table = torch.zeros(layers, rows * kv_heads, pages + 1, **integers)
         self.seen = torch.zeros(layers, rows, **integers)
         self.kept = torch.zeros(layers, rows * kv_heads, **integers)
         self.ring_keep = torch.zeros(layers, rows * kv_heads, window, dtype=torch.bool, device=pool.device)
@@ -87,10 +88,9 @@ class Step:
     def __init__(self, cache: SlabCache, rows: Tensor, longest: int) -> None:
         self.cache, self.rows = cache, rows.long()
         self.chains = (self.rows[:, None] * cache.kv_heads + torch.arange(cache.kv_heads, device=rows.device)).flatten()
-        # The last column belongs to nobody: what is not to be written is written there.
-        self.columns = min(cache.ring_pages - (-longest // cache.page_size), cache.table.shape[2])
-        table = cache.table[:, self.chains, : self.columns]
-        self.table = torch.nn.functional.pad(table, (0, 1))
+        # One more, which belongs to nobody, as in the cache.
+        self.columns = min(cache.ring_pages - (-longest // cache.page_size), cache.table.shape[2] - 1)
+        self.table = cache.table[:, self.chains, : self.columns + 1]
         self.seen, self.kept = cache.seen[:, self.rows], cache.kept[:, self.chains]
         self.ring_keep = cache.ring_keep[:, self.chains]
         self.slabs, self.taken = cache.slabs[self.rows], cache.taken[self.rows]

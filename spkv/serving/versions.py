@@ -6,7 +6,6 @@ vLLM promises none of them but the entry point and `ModelRegistry`, so only vers
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from typing import Any
 
 from torch import Tensor
@@ -104,12 +103,12 @@ class OneMemoryBackend:
         return (1, 0, 2, 3, 4, 5) if include_num_layers_dimension else (0, 1, 2, 3, 4)
 
 
-def spec_options() -> dict[str, Any]:
-    """What the spec of a layer says so that the layers share one piece of memory."""
-    from vllm.v1.kv_cache_interface import AttentionSpec
-
-    fields = {field.name for field in dataclasses.fields(AttentionSpec)}
-    return {name: True for name in ("indexes_kv_by_block_stride",) if name in fields}  # up to 0.28
+def check_runner(vllm_config: Any) -> None:
+    """Raise a ValueError where vLLM would give each layer memory of its own, and it is known how to avoid that."""
+    if vllm.__version__.startswith("0.26.") and vllm_config.use_v2_model_runner:
+        raise ValueError(
+            "vLLM 0.26 serves self-pruned models with its first model runner only: set VLLM_USE_V2_MODEL_RUNNER=0"
+        )
 
 
 def memory(kv_caches: dict[str, Tensor]) -> Tensor:

@@ -400,3 +400,18 @@ def test_a_predictor_that_decides_by_itself_is_asked_under_a_threshold_alone(att
     with found.using(OpenGate()):
         assert attached(ids, use_cache=True).past_key_values.density() == 1
     assert len(asked) == len(found.predictors)
+
+
+def test_what_a_layer_keeps_follows_from_its_predictor_or_a_layout(tiny_llama):
+    found = spkv.attachment(spkv.attach(tiny_llama, spkv.SPKVConfig(window=8, layers=(1,))))
+    heads = found.decoder.kv_heads
+    utility, position = torch.zeros(1, heads, 6), torch.arange(6)[None]
+    assert found.keep(0, utility, position).all()
+    assert found.keep(0, utility, position, SinkGate(2)).all()
+    assert not found.keep(1, utility, position).any()
+    assert found.keep(1, utility, position, SinkGate(2)).sum() == 2 * heads
+    with pytest.raises(ValueError, match="a hard gate is needed, which keeps or drops, not SoftGate"):
+        found.keep(1, utility, position, SoftGate())
+    spkv.detach(tiny_llama)
+    found = spkv.attachment(spkv.attach(tiny_llama, spkv.SPKVConfig(window=8, layout=((0,), ()))))
+    assert [found.keep(layer, utility, position)[0].all(1).tolist()[0] for layer in (0, 1)] == [True, False]

@@ -56,6 +56,21 @@ def test_results_are_the_same_and_every_branch_is_joined(events, tiny_llama):
     assert not any("forward" in vars(module) for module in tiny_llama.modules())
 
 
+@pytest.mark.parametrize("place", ["utility_predictor", "k_proj", "o_proj"])
+def test_a_predictors_branch_is_joined_whatever_fails(events, tiny_llama, place):
+    spkv.attach(tiny_llama, spkv.SPKVConfig(window=4))
+
+    def fail(*_):
+        raise RuntimeError("no more")
+
+    getattr(tiny_llama.model.layers[0].self_attn, place).register_forward_pre_hook(fail)
+    with torch.no_grad(), concurrent_projections(tiny_llama), pytest.raises(RuntimeError, match="no more"):
+        tiny_llama(torch.randint(1, 97, (2, 9)))
+    recorded, joined = ([name for kind, name in events if kind == wanted] for wanted in ("recorded", "joined"))
+    assert sorted(recorded) == sorted(joined)
+    assert spkv.attachment(tiny_llama).predictor_stream is None
+
+
 class Layer(nn.Module):
     """Calls its projections with inputs of its own, and one of them not at all."""
 

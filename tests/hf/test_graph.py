@@ -18,6 +18,7 @@ import spkv
 from spkv.cache.pages import PoolFullError
 from spkv.gates import OpenGate
 from spkv.hf import compiled, graph
+from spkv.predictor import UtilityPredictor
 
 GREEDY = dict(do_sample=False, max_new_tokens=40, eos_token_id=None, pad_token_id=0)
 
@@ -300,6 +301,19 @@ def test_parts_are_compiled_inside_the_context_and_as_before_after_it(looping, m
         assert torch.equal(looping(ids).logits, expected)
         assert not calls
     assert not any("forward" in vars(module) for module in looping.modules())
+
+
+def test_predictors_decide_in_one_kernel_inside_the_context_alone(looping, monkeypatch):
+    monkeypatch.setattr(compiled, "_ends_in_one_kernel", lambda module: isinstance(module, UtilityPredictor))
+    predictors = spkv.attachment(looping).predictors.values()
+    with compiled.compiled_parts(looping):
+        for predictor in predictors:
+            hidden_states = torch.randn(1, 3, looping.config.hidden_size)
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # the kernel knows nothing of it
+                utility, keep = predictor.decide(hidden_states, 0.5)
+                assert torch.equal(utility, predictor(hidden_states))
+                assert torch.equal(keep, utility >= 0.5)
+    assert all(predictor.decide is None for predictor in predictors)
 
 
 def test_compiling_needs_the_graph(looping, tiny_llama):

@@ -7,7 +7,9 @@ import gc
 import os
 import random
 import runpy
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -166,12 +168,38 @@ def test_versions_that_were_not_tested_are_refused(engine, monkeypatch):
     from spkv.serving import versions
 
     versions.check_version()
-    for version in ("0.31.2", "0.33.0", "1.0.0", "dev"):
+    for version in ("0.25.1", "0.27.0", "0.31.2", "0.33.0", "1.0.0", "dev"):
         with pytest.raises(ImportError, match=f"through vLLM 0.26 and 0.32, and this is {version}"):
             versions.check_version(version)
     monkeypatch.setattr(vllm, "__version__", "0.33.1")
     with pytest.raises(ImportError, match="this is 0.33.1"):
         engine()
+
+
+def test_the_packages_extra_takes_the_tested_versions():
+    from packaging.requirements import Requirement
+
+    from spkv.serving import versions
+
+    (extra,) = (r for r in map(Requirement, metadata.requires("spkv")) if r.name == "vllm")
+    offered = [f"0.{minor}.{patch}" for minor in range(20, 40) for patch in (0, 1)]
+    taken = {version.rpartition(".")[0] for version in offered if version in extra.specifier}
+    assert taken == set(versions._TESTED)
+
+
+def test_a_runner_that_gives_each_layer_memory_of_its_own_is_refused(monkeypatch):
+    from spkv.serving import versions
+
+    second = SimpleNamespace(use_v2_model_runner=True)
+    monkeypatch.setattr(vllm, "__version__", "0.32.0")
+    versions.check_runner(second)
+    monkeypatch.setattr(vllm, "__version__", "0.26.0")
+    versions.check_runner(SimpleNamespace(use_v2_model_runner=False))
+    with pytest.raises(ValueError, match="set VLLM_USE_V2_MODEL_RUNNER=0"):
+        versions.check_runner(second)
+    apart = {name: torch.zeros(4, 2, 16, 2, 8) for name in ("a", "b")}
+    with pytest.raises(RuntimeError, match="block by block for all layers"):
+        versions.memory(apart)
 
 
 def test_what_is_off_is_refused(engine):

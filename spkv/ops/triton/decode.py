@@ -38,7 +38,7 @@ class Tile:
     """How much one program reads at a time.
 
     Attributes:
-        slots: N, a power of two of at least 16.
+        slots: N, a power of two of at least 16; of at least 32 for pages in int4.
         warps: warps of a program.
         stages: Triton's num_stages. Pairs are found through the page table, and Triton splits the stages over the
             two reads: 3 keep one tile in shared memory while the next is on its way, 5 two.

@@ -38,7 +38,7 @@ from spkv.ops.triton.primitives import LOG2_E, dot, tanh
 
 class Tile(NamedTuple):
     M: int  # rows: queries of a group's heads
-    N: int  # keys
+    N: int  # keys; 32 at least for pages in int4
     warps: int
     stages: int  # tiles of keys and values on the way or in use
 
