@@ -143,7 +143,7 @@ def lora(budget: int = 20, targets: Sequence[float] = (0.1, 0.2, 0.3)) -> list[R
 
 
 def adapter() -> list[Run]:
-    """The adapter of SmolLM2 that ships: LoRA and predictors of 25 MB at most."""
+    """An adapter of SmolLM2 of the size that ships: LoRA and predictors of 25 MB at most."""
     return [Run("adapter", get_recipe("fast", tokens=24 * 10**6, lora_rank=24, predictor_width=256))]
 
 

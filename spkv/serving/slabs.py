@@ -110,6 +110,7 @@ class Step:
             [N, H, T, D].
         """
         packed = self.layer(layer, requests)
+        # What can count pages can take them.
         if query.shape[2] == 1 and limits.count_pages({"packed": packed}) is None:
             from spkv.ops.triton.slabs import take_pages
 

@@ -211,7 +211,7 @@ def test_cached_folder_that_lost_a_file_is_named(installed: set[str]) -> None:
     [
         ({"SPKV_CACHE": "/own", "XDG_CACHE_HOME": "/xdg"}, "/own"),
         ({"SPKV_CACHE": "", "XDG_CACHE_HOME": "/xdg"}, "/xdg/spkv"),
-        ({"HOME": "/home/somebody"}, "/home/somebody/.cache/spkv"),
+        ({"HOME": "/own-home"}, "/own-home/.cache/spkv"),
     ],
 )
 def test_cache_folder_follows_spkv_cache_then_xdg_then_home(
