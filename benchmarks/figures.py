@@ -2,8 +2,8 @@
 
 python -m benchmarks.figures
 
-The figures of operators, generation and the frontier are drawn once `benchmarks.run` and `benchmarks.recipes` have
-left their rows there.
+The figures of operators, generation, the frontier and the server are drawn once `benchmarks.run`, `benchmarks.recipes`
+and `benchmarks.serve` have left their rows there.
 """
 
 from __future__ import annotations
@@ -177,6 +177,41 @@ def frontier_figure(result: dict[str, Any], model: str = "smollm2") -> Figure:
     return figure
 
 
+def serving_figure(result: dict[str, Any]) -> Figure:
+    """What a server does with the same memory, dense and self-pruned, as requests come more often.
+
+    `result` is what `benchmarks.serve` writes.
+    """
+    rows = [row for row in result["rows"] if row["error"] is None]
+    rates = sorted({row["rate"] for row in rows})
+    names = {"dense": "dense", "spkv": "self-pruned", "open": "self-pruned, all kept"}
+    one = rows[0]
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    title = (
+        f"{one['model']}, {one['prompt_tokens']:,} + {one['new_tokens']} tokens, {result['device']}, equal KV memory"
+    )
+    figure.suptitle(title, fontsize="medium")
+    panels = (
+        ("requests in flight (mean, most)", "in_flight_mean", "in_flight_max", 1.0),
+        ("tokens / s", "tokens_per_second", None, 1.0),
+        ("seconds to the first token (median, p90)", "ttft_ms_median", "ttft_ms_p90", 1e-3),
+    )
+    width = 0.8 / len(names)
+    for axes, (label, middle, most, unit) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        for i, (implementation, name) in enumerate(names.items()):
+            own = {row["rate"]: row for row in rows if row["implementation"] == implementation}
+            places = [place + (i - 1) * width for place, rate in enumerate(rates) if rate in own]
+            found = [own[rate] for rate in rates if rate in own]
+            axes.bar(places, [unit * row[middle] for row in found], width, color=f"C{i}", label=name)
+            if most is not None:
+                axes.plot(places, [unit * row[most] for row in found], "_k", markersize=9)
+        axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
+        axes.set_xlabel("requests / s", fontsize="small")
+        axes.set_title(label, fontsize="small")
+    figure.legend(*axes.get_legend_handles_labels(), fontsize="x-small", loc="outside lower center", ncols=len(names))
+    return figure
+
+
 def _costs(rows: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]]:
     return [row["density"] for row in rows], [100 * row["increase"] for row in rows]
 
@@ -184,17 +219,15 @@ def _costs(rows: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]]:
 def main() -> None:
     FIGURES.mkdir(parents=True, exist_ok=True)
     adapter_figure().savefig(FIGURES / "smollm2-adapter.png", dpi=130)
-    ops = RESULTS / "ops.json"
-    if ops.exists():
-        ops_figure(json.loads(ops.read_text(encoding="utf-8"))).savefig(FIGURES / "ops.png", dpi=130)
-    generation = RESULTS / "generate.json"
-    if generation.exists():
-        figure = generation_figure(json.loads(generation.read_text(encoding="utf-8")))
-        figure.savefig(FIGURES / "generation.png", dpi=130)
-    recipes = RESULTS / "frontier.json"
-    if recipes.exists():
-        figure = frontier_figure(json.loads(recipes.read_text(encoding="utf-8")))
-        figure.savefig(FIGURES / "frontier.png", dpi=130)
+    for name, results, draw in (
+        ("ops", "ops", ops_figure),
+        ("generation", "generate", generation_figure),
+        ("frontier", "frontier", frontier_figure),
+        ("serving", "serve", serving_figure),
+    ):
+        path = RESULTS / f"{results}.json"
+        if path.exists():
+            draw(json.loads(path.read_text(encoding="utf-8"))).savefig(FIGURES / f"{name}.png", dpi=130)
 
 
 if __name__ == "__main__":

@@ -79,18 +79,18 @@ class SelfPrunedAttention(nn.Module, AttentionLayerBase):  # type: ignore[misc]
     Attributes:
         config: the SPKVConfig.
         keep: [1, Hkv, n] bool, which pairs of the coming call are kept; set before each.
-        cache: shared by all layers; the connector sets it once vLLM has allocated the memory.
+        cache: of all the worker's layers; the connector sets it once vLLM has allocated the memory.
+        slot: the layer's place among them; set likewise.
     """
 
     cache: SlabCache
     keep: Tensor
+    slot: int
 
-    def __init__(
-        self, vllm_config: Any, name: str, layer: int, heads: int, kv_heads: int, head_size: int, scale: float
-    ) -> None:
+    def __init__(self, vllm_config: Any, name: str, heads: int, kv_heads: int, head_size: int, scale: float) -> None:
         super().__init__()
         self.config = settings.stored_config(vllm_config)
-        self.name, self.layer, self.num_heads, self.kv_heads = name, layer, heads, kv_heads
+        self.name, self.num_heads, self.kv_heads = name, heads, kv_heads
         self.head_size, self.scale = head_size, scale
         self.kv_cache = torch.empty(0)
         vllm_config.compilation_config.static_forward_context[name] = self
@@ -110,13 +110,13 @@ class SelfPrunedAttention(nn.Module, AttentionLayerBase):  # type: ignore[misc]
         n = batch.single
         if n:
             new = [t[:n].unsqueeze(2) for t in (queries, keys, values, keeps)]
-            outs[:n] = batch.step.attend(self.layer, slice(0, n), *new, scale=self.scale)[:, :, 0]
+            outs[:n] = batch.step.attend(self.slot, slice(0, n), *new, scale=self.scale)[:, :, 0]
         for i in range(n, len(batch.starts) - 1):
             tokens = slice(batch.starts[i], batch.starts[i + 1])
             new = [t[tokens].transpose(0, 1).unsqueeze(0) for t in (queries, keys, values, keeps)]
-            attended = batch.step.attend(self.layer, slice(i, i + 1), *new, scale=self.scale)
+            attended = batch.step.attend(self.slot, slice(i, i + 1), *new, scale=self.scale)
             outs[tokens] = attended[0].transpose(0, 1)
-        if self.layer == self.cache.layers - 1:
+        if self.slot == self.cache.layers - 1:
             batch.step.end()
             batch.step = None
         return out
@@ -132,7 +132,7 @@ class SelfPrunedAttention(nn.Module, AttentionLayerBase):  # type: ignore[misc]
             page_size=self.config.page_size,
             slab_tokens=block_size,
             density=settings.expected_density(vllm_config),
-            chunk=2 * chunk if versions.reports_come_late() else chunk,
+            chunk=chunk * versions.steps_before_report(vllm_config),
         )
         return SlabSpec(
             block_size=block_size,

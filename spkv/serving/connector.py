@@ -38,7 +38,7 @@ class StepReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
     used: dict[str, int]
 
     def aggregate(self, other: StepReport) -> StepReport:
-        """Workers hold different heads, and so differ; a slab is free when none of them uses it."""
+        """Workers hold different heads or layers, and so differ; a slab is free when none of them uses it."""
         assert self.step == other.step
         return StepReport(self.step, {name: max(slabs, other.used[name]) for name, slabs in self.used.items()})
 
@@ -81,8 +81,8 @@ class SPKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._vllm_config.model_config.max_model_len,
         )
         self.uses = UseReader(self.cache, versions.reports_come_late())
-        for layer in layers:
-            layer.cache = self.cache
+        for slot, layer in enumerate(layers):
+            layer.cache, layer.slot = self.cache, slot
 
     def bind_connector_metadata(self, connector_metadata: StepOrders) -> None:
         super().bind_connector_metadata(connector_metadata)

@@ -40,13 +40,12 @@ class _SelfPruned(nn.Module):
             attention.attn = SelfPrunedAttention(
                 vllm_config,
                 replaced.layer_name,
-                extract_layer_index(name),
                 attention.num_heads,
                 attention.num_kv_heads,
                 attention.head_dim,
                 attention.scaling,
             )
-            decision = _Decision(config, attention)
+            decision = _Decision(config, attention, extract_layer_index(name))
             if decision.predictor is not None:
                 attention.utility_predictor = decision.predictor
             attention.register_forward_pre_hook(decision, with_kwargs=True)
@@ -74,8 +73,8 @@ class _SelfPruned(nn.Module):
 class _Decision:
     """Called before an attention: says to its layer which of the pairs to come are kept."""
 
-    def __init__(self, config: SPKVConfig, attention: Any) -> None:
-        self.layer = attention.attn.layer
+    def __init__(self, config: SPKVConfig, attention: Any, layer: int) -> None:
+        self.layer = layer
         self.predictor: UtilityPredictor | None = None
         self.gate: HardGate = OpenGate()
         if config.layers is None or self.layer in config.layers:

@@ -20,7 +20,6 @@ _REFUSED: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
         ),
         "leave context parallel sizes at 1",
     ),
-    ("pipeline parallelism", lambda c: c.parallel_config.pipeline_parallel_size > 1, "use tensor parallelism"),
     (
         "disaggregated prefill and other KV transfer",
         lambda c: c.kv_transfer_config and c.kv_transfer_config.kv_connector,

@@ -80,6 +80,11 @@ def reports_come_late() -> bool:
     return not current_platform.is_cpu()
 
 
+def steps_before_report(vllm_config: Any) -> int:
+    """Steps that may have been scheduled, at most, before it is known what the first of them used."""
+    return int(vllm_config.max_concurrent_batches) + reports_come_late()
+
+
 class OneMemoryBackend:
     """A backend for which all layers lie in one piece of memory, block by block."""
 

@@ -15,7 +15,7 @@ import torch
 
 import spkv
 from benchmarks import serve, serve_load
-from benchmarks.figures import RESULTS
+from benchmarks.figures import RESULTS, serving_figure
 
 METRICS = """# HELP vllm:num_requests_running Number of requests in model execution batches.
 vllm:num_requests_running{engine="0"} 2.0
@@ -183,7 +183,7 @@ def test_vllm_serves_the_tiny_model(tmp_path):
     assert 0 < row["kv_use_max"] <= 1
 
 
-def test_the_committed_rows_agree_with_themselves():
+def test_the_committed_rows_agree_with_themselves_and_can_be_drawn():
     result = json.loads((RESULTS / "serve.json").read_text(encoding="utf-8"))
     assert {"device", "commit", "command", "versions", "rows"} <= result.keys()
     assert len({row["kv_bytes"] for row in result["rows"]}) == 1
@@ -191,3 +191,4 @@ def test_the_committed_rows_agree_with_themselves():
         assert row["error"] is None
         assert row["tokens_per_second"] == pytest.approx(row["requests"] * row["new_tokens"] / row["seconds"])
         assert row["in_flight_max"] <= row["requests"]
+    assert len(serving_figure(result).axes) == 3

@@ -18,9 +18,7 @@ def vllm_config(**changes):
         kv_transfer_config=None,
         lora_config=None,
         additional_config={},
-        parallel_config=SimpleNamespace(
-            decode_context_parallel_size=1, prefill_context_parallel_size=1, pipeline_parallel_size=1
-        ),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1),
         cache_config=SimpleNamespace(kv_offloading_size=None, cache_dtype="auto"),
         model_config=SimpleNamespace(hf_config=SimpleNamespace(spkv={"training": {"density": 0.3}})),
     )
@@ -39,7 +37,6 @@ def vllm_config(**changes):
         ({"speculative_config": object()}, r"speculative decoding \(drop --speculative-config\)"),
         ({"parallel_config__decode_context_parallel_size": 2}, "context parallelism"),
         ({"parallel_config__prefill_context_parallel_size": 2}, "context parallelism"),
-        ({"parallel_config__pipeline_parallel_size": 2}, r"pipeline parallelism \(use tensor parallelism\)"),
         ({"kv_transfer_config": SimpleNamespace(kv_connector="NixlConnector")}, "disaggregated prefill"),
         ({"cache_config__kv_offloading_size": 4.0}, "KV offloading"),
         ({"cache_config__cache_dtype": "fp8"}, "a quantised KV cache"),
