@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+)
 
 from spkv.serving import settings, versions
 from spkv.serving.ledger import SlabSizes
@@ -28,7 +34,7 @@ class Batch(AttentionMetadata):  # type: ignore[misc]
         starts: where the tokens of each begin, and where the last ends.
         single: how many, at the front, have one token only.
         first_slabs: [requests], what tells them.
-        longest: tokens of the longest of them, or more.
+        longest: tokens of the longest of them, or more; for a CUDA graph, of the longest that there can be.
         step: the cache's part in it; begun by the first layer, ended by the last.
     """
 
@@ -41,6 +47,8 @@ class Batch(AttentionMetadata):  # type: ignore[misc]
 
 class BatchBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
     reorder_batch_threshold = 1  # requests with one token come first
+    # Nothing in a step of single tokens waits for the device or depends on what the host knows.
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)  # abstract in the base class
@@ -83,7 +91,7 @@ class SelfPrunedAttention(nn.Module, AttentionLayerBase):  # type: ignore[misc]
         slot: the layer's place among them; set likewise.
     """
 
-    cache: SlabCache
+    cache: SlabCache | None = None
     keep: Tensor
     slot: int
 
@@ -99,7 +107,7 @@ class SelfPrunedAttention(nn.Module, AttentionLayerBase):  # type: ignore[misc]
         """query [n, H * D], key and value [n, Hkv * D] -> [n, H * D]."""
         out = torch.zeros_like(query)
         batches = get_forward_context().attn_metadata
-        if batches is None:  # vLLM measures memory
+        if batches is None or self.cache is None:  # vLLM measures memory
             return out
         batch: Batch = batches[self.name]
         if batch.step is None:

@@ -60,8 +60,7 @@ class Settings:
         cache_config.enable_prefix_caching = False
         if not cache_config.user_specified_block_size:
             cache_config.block_size, cache_config.user_specified_block_size = config.page_size, True
-        # Lengths differ from head to head, which no graph captured by vLLM knows of.
-        model_config.enforce_eager = True
+        versions.choose_execution(vllm_config)
 
 
 class BaseSettings:

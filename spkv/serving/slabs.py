@@ -25,6 +25,9 @@ from spkv.serving.ledger import Orders
 class SlabCache:
     """Rings and chains of all layers and requests.
 
+    Steps of a fixed number of requests, as CUDA graphs replay, are filled up with requests whose first slab is
+    `NOBODYS`. They share a row of their own, which is empty at every step's begin.
+
     Args:
         pool: [pages, 2, P, D], the memory of all slabs.
         layers, kv_heads: of this worker.
@@ -34,6 +37,9 @@ class SlabCache:
         max_tokens: of one request.
     """
 
+    NOBODYS = 0
+    """The slab that no request holds: vLLM's null block."""
+
     def __init__(
         self, pool: Tensor, layers: int, kv_heads: int, window: int, slab_tokens: int, rows: int, max_tokens: int
     ) -> None:
@@ -42,6 +48,7 @@ class SlabCache:
         self.per_slab = layers * kv_heads * (slab_tokens // self.page_size)
         self.ring_pages = -(-window // self.page_size)
         pages = self.ring_pages - (-max_tokens // self.page_size)  # of a chain, at most
+        self.nobody, rows = rows, rows + 1
         integers: dict[str, Any] = dict(dtype=torch.int32, device=pool.device)
         # The last column belongs to nobody: what is not to be written is written there.
         self.table = torch.zeros(layers, rows * kv_heads, pages + 1, **integers)
@@ -52,6 +59,7 @@ class SlabCache:
         self.taken = torch.zeros(rows, **integers)
         # A request's first slab stays its own while it runs, and so tells whose it is.
         self.row_of_slab = torch.zeros(pool.shape[0] // self.per_slab, **integers)
+        self.row_of_slab[self.NOBODYS] = self.nobody
 
     def apply(self, orders: Orders) -> None:
         """Start requests and enter the slabs that a step was granted."""
@@ -60,9 +68,13 @@ class SlabCache:
             self.slabs[row, index : index + len(slabs)] = ids
             if index == 0:
                 self.row_of_slab[slabs[0]] = row
-                self.taken[row] = 0
-                self.seen[:, row] = 0
-                self.kept[:, row * self.kv_heads : (row + 1) * self.kv_heads] = 0
+                self.clear(row)
+
+    def clear(self, row: int) -> None:
+        """Forget what a row holds."""
+        self.taken[row] = 0
+        self.seen[:, row] = 0
+        self.kept[:, row * self.kv_heads : (row + 1) * self.kv_heads] = 0
 
     def begin(self, first_slabs: Tensor, longest: int) -> Step:
         """Begin a step of requests, told by their first slabs [B]; `longest` as in `Step`."""
@@ -81,7 +93,7 @@ class Step:
 
     Args:
         cache: which changes when the step ends.
-        rows: [B] integers, all different.
+        rows: [B] integers, all different but for nobody's.
         longest: tokens of the longest request, those of this step included, or more.
     """
 
@@ -142,6 +154,7 @@ class Step:
         cache.table[:, self.chains, : self.columns] = self.table[..., :-1]
         cache.seen[:, self.rows], cache.kept[:, self.chains] = self.seen, self.kept
         cache.ring_keep[:, self.chains], cache.taken[self.rows] = self.ring_keep, self.taken
+        cache.clear(cache.nobody)
 
     def _take_pages(self, requests: slice, packed: PackedLayer, keep: Tensor) -> None:
         """Enter the pages that writing these tokens takes into the table, and advance the cursors."""

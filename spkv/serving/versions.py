@@ -73,6 +73,20 @@ def connector_config() -> Any:
     return KVTransferConfig(kv_connector=CONNECTOR, kv_role="kv_both")
 
 
+def choose_execution(vllm_config: Any) -> None:
+    """Compile nothing; on a GPU, replay steps of single tokens from CUDA graphs of the whole model."""
+    from vllm.config import CompilationMode, CUDAGraphMode
+    from vllm.platforms import current_platform
+
+    compilation = vllm_config.compilation_config
+    # vLLM's compiler would cut the model at attention layers of its own.
+    compilation.mode = CompilationMode.NONE
+    if not current_platform.support_static_graph_mode():
+        vllm_config.model_config.enforce_eager = True
+    elif compilation.cudagraph_mode != CUDAGraphMode.NONE:
+        compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+
+
 def reports_come_late() -> bool:
     """Whether the slabs used in a step are known a step later (see `slabs.UseReader`)."""
     from vllm.platforms import current_platform

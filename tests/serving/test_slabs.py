@@ -71,12 +71,38 @@ def test_random_schedules_equal_the_dense_cache(window, slab_tokens, late):
     assert ledger.totals()["slabs_returned"] == freed
 
 
+def test_a_step_filled_up_with_nobodys_requests_is_as_without():
+    outs, taken = [], []
+    for filled in (0, 2):
+        torch.manual_seed(0)
+        cache, ledger = make(8, rows=2)
+        for tokens in [20, *range(21, 80)]:
+            held = 1 + ledger.totals()["slabs_held"]
+            ledger.grant("a", tokens, list(range(held, held + ledger.missing("a", tokens))))
+            cache.apply(ledger.orders())
+            T = 20 if tokens == 20 else 1
+            first_slabs = torch.tensor([1] + [SlabCache.NOBODYS] * (filled if T == 1 else 0))
+            step, B = cache.begin(first_slabs, 200), len(first_slabs)
+            for layer in range(LAYERS):
+                own = torch.randn(1, HEADS + 2 * KV_HEADS, T, D)
+                query, key, value = own.expand(B, -1, -1, -1).split([HEADS, KV_HEADS, KV_HEADS], 1)
+                keep = (torch.rand(1, KV_HEADS, T) < 0.5).expand(B, -1, -1)
+                outs.append(step.attend(layer, slice(0, B), query, key, value, keep, scale=1.0)[:1])
+            step.end()
+            assert not cache.seen[:, cache.nobody].any()
+            assert not cache.taken[cache.nobody]
+        taken.append(cache.taken[0].item())
+    half = len(outs) // 2
+    assert all(map(torch.equal, outs[:half], outs[half:]))
+    assert taken[0] == taken[1] > 0
+
+
 def test_uses_are_told_once_and_at_most_a_step_late():
     cache, _ = make(8)
     for late in (False, True):
         uses, told = UseReader(cache, late), []
         for step, rows in enumerate([{"a": 0}, {"a": 0, "b": 2}, {}, {}]):
-            cache.taken[:] = torch.tensor([step * cache.per_slab, 0, 1])
+            cache.taken[:3] = torch.tensor([step * cache.per_slab, 0, 1])
             told.append(uses.after(Orders(step, rows=rows)))
         expected = [(0, {"a": 0}), (1, {"a": 1, "b": 1}), None, None]
         assert told == ([None, *expected[:3]] if late else expected)

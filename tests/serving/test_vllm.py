@@ -202,6 +202,25 @@ def test_a_runner_that_gives_each_layer_memory_of_its_own_is_refused(monkeypatch
         versions.memory(apart)
 
 
+@pytest.mark.parametrize("asked", ["FULL_AND_PIECEWISE", "NONE"])
+def test_steps_are_replayed_where_graphs_can_be_captured(monkeypatch, asked):
+    from vllm.config import CompilationMode, CUDAGraphMode
+    from vllm.platforms import current_platform
+
+    from spkv.serving import versions
+
+    def chosen(graphs):
+        monkeypatch.setattr(type(current_platform), "support_static_graph_mode", classmethod(lambda cls: graphs))
+        compilation = SimpleNamespace(mode=None, cudagraph_mode=CUDAGraphMode[asked])
+        config = SimpleNamespace(compilation_config=compilation, model_config=SimpleNamespace(enforce_eager=False))
+        versions.choose_execution(config)
+        assert compilation.mode is CompilationMode.NONE
+        return config.model_config.enforce_eager, compilation.cudagraph_mode.name
+
+    assert chosen(True) == (False, "NONE" if asked == "NONE" else "FULL_DECODE_ONLY")
+    assert chosen(False)[0]
+
+
 def test_what_is_off_is_refused(engine):
     with pytest.raises(ValueError, match="KV transfer .drop --kv-transfer-config"):
         engine(
