@@ -32,11 +32,12 @@ def test_one_token_takes_the_pages_that_the_cache_would_take(data):
     per_slab, rows = layers * heads * (slab_tokens // P), 3
     pool = torch.zeros(400 * per_slab, 2, P, 4, device=DEVICE)
     cache = SlabCache(pool, layers, heads, window, slab_tokens, rows, max_tokens=90)
-    cache.slabs[:] = torch.randperm(400)[: cache.slabs.numel()].view_as(cache.slabs).to(cache.slabs)
-    cache.row_of_slab[cache.slabs[:, 0].long()] = torch.arange(rows, dtype=torch.int32, device=DEVICE)
-    cache.seen[:] = torch.tensor([data.draw(st.sampled_from([0, 1, 16, 40, 80])) for _ in range(rows)])
+    slabs = 1 + torch.randperm(399)[: rows * cache.slabs.shape[1]]  # the first is nobody's
+    cache.slabs[:rows] = slabs.view(rows, -1).to(cache.slabs)
+    cache.row_of_slab[cache.slabs[:rows, 0].long()] = torch.arange(rows, dtype=torch.int32, device=DEVICE)
+    cache.seen[:, :rows] = torch.tensor([data.draw(st.sampled_from([0, 1, 16, 40, 80])) for _ in range(rows)])
     cache.kept[:] = torch.randint(0, 20, cache.kept.shape)
-    cache.taken[:] = torch.randint(0, 2 * per_slab, (rows,))
+    cache.taken[:rows] = torch.randint(0, 2 * per_slab, (rows,))
     cache.ring_keep[:] = torch.rand(cache.ring_keep.shape) < 0.5
     order = torch.randperm(rows).to(DEVICE)
     steps = [cache.begin(cache.slabs[order, 0], 90) for _ in range(2)]
