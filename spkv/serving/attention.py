@@ -20,6 +20,7 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
 )
 
+from spkv.ops.triton import limits
 from spkv.serving import settings, versions
 from spkv.serving.ledger import SlabSizes
 from spkv.serving.manager import SlabSpec
@@ -47,11 +48,17 @@ class Batch(AttentionMetadata):  # type: ignore[misc]
 
 class BatchBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
     reorder_batch_threshold = 1  # requests with one token come first
-    # Nothing in a step of single tokens waits for the device or depends on what the host knows.
-    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)  # abstract in the base class
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Single tokens, if the kernels can run them: these wait for nothing, and the operators' definitions do."""
+        heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
+        group, place = heads // kv_cache_spec.num_kv_heads, torch.device(versions.device_type())
+        refused = limits.model(kv_cache_spec.head_size, group, kv_cache_spec.dtype, place, prefill=False)
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE if refused is None else AttentionCGSupport.NEVER
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Batch:
         requests = common_attn_metadata.num_reqs
@@ -88,12 +95,12 @@ class SelfPrunedAttention(nn.Module, AttentionLayerBase):  # type: ignore[misc]
         config: the SPKVConfig.
         keep: [1, Hkv, n] bool, which pairs of the coming call are kept; set before each.
         cache: of all the worker's layers; the connector sets it once vLLM has allocated the memory.
-        slot: the layer's place among them; set likewise.
+        index: the layer's place among them; set likewise.
     """
 
     cache: SlabCache | None = None
     keep: Tensor
-    slot: int
+    index: int
 
     def __init__(self, vllm_config: Any, name: str, heads: int, kv_heads: int, head_size: int, scale: float) -> None:
         super().__init__()
@@ -107,7 +114,8 @@ class SelfPrunedAttention(nn.Module, AttentionLayerBase):  # type: ignore[misc]
         """query [n, H * D], key and value [n, Hkv * D] -> [n, H * D]."""
         out = torch.zeros_like(query)
         batches = get_forward_context().attn_metadata
-        if batches is None or self.cache is None:  # vLLM measures memory
+        if batches is None or self.cache is None:
+            # vLLM measures memory: of activations without any batches, of CUDA graphs before there is a cache.
             return out
         batch: Batch = batches[self.name]
         if batch.step is None:
@@ -118,13 +126,13 @@ class SelfPrunedAttention(nn.Module, AttentionLayerBase):  # type: ignore[misc]
         n = batch.single
         if n:
             new = [t[:n].unsqueeze(2) for t in (queries, keys, values, keeps)]
-            outs[:n] = batch.step.attend(self.slot, slice(0, n), *new, scale=self.scale)[:, :, 0]
+            outs[:n] = batch.step.attend(self.index, slice(0, n), *new, scale=self.scale)[:, :, 0]
         for i in range(n, len(batch.starts) - 1):
             tokens = slice(batch.starts[i], batch.starts[i + 1])
             new = [t[tokens].transpose(0, 1).unsqueeze(0) for t in (queries, keys, values, keeps)]
-            attended = batch.step.attend(self.slot, slice(i, i + 1), *new, scale=self.scale)
+            attended = batch.step.attend(self.index, slice(i, i + 1), *new, scale=self.scale)
             outs[tokens] = attended[0].transpose(0, 1)
-        if self.slot == self.cache.layers - 1:
+        if self.index == self.cache.layers - 1:
             batch.step.end()
             batch.step = None
         return out

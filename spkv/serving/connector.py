@@ -81,8 +81,8 @@ class SPKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._vllm_config.model_config.max_model_len,
         )
         self.uses = UseReader(self.cache, versions.reports_come_late())
-        for slot, layer in enumerate(layers):
-            layer.cache, layer.slot = self.cache, slot
+        for index, layer in enumerate(layers):
+            layer.cache, layer.index = self.cache, index
 
     def bind_connector_metadata(self, connector_metadata: StepOrders) -> None:
         super().bind_connector_metadata(connector_metadata)

@@ -25,8 +25,8 @@ from spkv.serving.ledger import Orders
 class SlabCache:
     """Rings and chains of all layers and requests.
 
-    Steps of a fixed number of requests, as CUDA graphs replay, are filled up with requests whose first slab is
-    `NOBODYS`. They share a row of their own, which is empty at every step's begin.
+    Steps of a fixed number of requests, as CUDA graphs replay, are padded with requests that were never started; their
+    first slab is vLLM's null block. They share a row of their own, which is empty when a step begins.
 
     Args:
         pool: [pages, 2, P, D], the memory of all slabs.
@@ -37,9 +37,6 @@ class SlabCache:
         max_tokens: of one request.
     """
 
-    NOBODYS = 0
-    """The slab that no request holds: vLLM's null block."""
-
     def __init__(
         self, pool: Tensor, layers: int, kv_heads: int, window: int, slab_tokens: int, rows: int, max_tokens: int
     ) -> None:
@@ -48,23 +45,28 @@ class SlabCache:
         self.per_slab = layers * kv_heads * (slab_tokens // self.page_size)
         self.ring_pages = -(-window // self.page_size)
         pages = self.ring_pages - (-max_tokens // self.page_size)  # of a chain, at most
-        self.nobody, rows = rows, rows + 1
+        self.padding_row = rows
+        total = rows + 1
         integers: dict[str, Any] = dict(dtype=torch.int32, device=pool.device)
         # The last column belongs to nobody: what is not to be written is written there.
-        self.table = torch.zeros(layers, rows * kv_heads, pages + 1, **integers)
-        self.seen = torch.zeros(layers, rows, **integers)
-        self.kept = torch.zeros(layers, rows * kv_heads, **integers)
-        self.ring_keep = torch.zeros(layers, rows * kv_heads, window, dtype=torch.bool, device=pool.device)
-        self.slabs = torch.zeros(rows, -(-pages * self.page_size // slab_tokens) + 1, **integers)
-        self.taken = torch.zeros(rows, **integers)
+        self.table = torch.zeros(layers, total * kv_heads, pages + 1, **integers)
+        self.seen = torch.zeros(layers, total, **integers)
+        self.kept = torch.zeros(layers, total * kv_heads, **integers)
+        self.ring_keep = torch.zeros(layers, total * kv_heads, window, dtype=torch.bool, device=pool.device)
+        self.slabs = torch.zeros(total, -(-pages * self.page_size // slab_tokens) + 1, **integers)
+        self.taken = torch.zeros(total, **integers)
         # A request's first slab stays its own while it runs, and so tells whose it is.
-        self.row_of_slab = torch.zeros(pool.shape[0] // self.per_slab, **integers)
-        self.row_of_slab[self.NOBODYS] = self.nobody
+        self.row_of_slab = torch.full((pool.shape[0] // self.per_slab,), self.padding_row, **integers)
 
     def apply(self, orders: Orders) -> None:
         """Start requests and enter the slabs that a step was granted."""
-        for row, index, slabs in orders.grants:
-            ids = torch.tensor(slabs, dtype=torch.int32, device=self.pool.device)
+        if not orders.grants:
+            return
+        flat = [slab for _, _, slabs in orders.grants for slab in slabs]
+        # Pinned, and all at once, so that the host waits for no copy.
+        granted = torch.tensor(flat, dtype=torch.int32, pin_memory=self.pool.is_cuda)
+        pieces = granted.to(self.pool.device, non_blocking=True).split([len(slabs) for _, _, slabs in orders.grants])
+        for (row, index, slabs), ids in zip(orders.grants, pieces, strict=True):
             self.slabs[row, index : index + len(slabs)] = ids
             if index == 0:
                 self.row_of_slab[slabs[0]] = row
@@ -93,7 +95,7 @@ class Step:
 
     Args:
         cache: which changes when the step ends.
-        rows: [B] integers, all different but for nobody's.
+        rows: [B] integers, all different but for the padding row.
         longest: tokens of the longest request, those of this step included, or more.
     """
 
@@ -154,7 +156,7 @@ class Step:
         cache.table[:, self.chains, : self.columns] = self.table[..., :-1]
         cache.seen[:, self.rows], cache.kept[:, self.chains] = self.seen, self.kept
         cache.ring_keep[:, self.chains], cache.taken[self.rows] = self.ring_keep, self.taken
-        cache.clear(cache.nobody)
+        cache.clear(cache.padding_row)
 
     def _take_pages(self, requests: slice, packed: PackedLayer, keep: Tensor) -> None:
         """Enter the pages that writing these tokens takes into the table, and advance the cursors."""

@@ -74,7 +74,7 @@ def connector_config() -> Any:
 
 
 def choose_execution(vllm_config: Any) -> None:
-    """Compile nothing; on a GPU, replay steps of single tokens from CUDA graphs of the whole model."""
+    """Compile nothing; on a GPU, replay steps of single tokens from CUDA graphs of the model, unless told not to."""
     from vllm.config import CompilationMode, CUDAGraphMode
     from vllm.platforms import current_platform
 
@@ -83,8 +83,15 @@ def choose_execution(vllm_config: Any) -> None:
     compilation.mode = CompilationMode.NONE
     if not current_platform.support_static_graph_mode():
         vllm_config.model_config.enforce_eager = True
-    elif compilation.cudagraph_mode != CUDAGraphMode.NONE:
+    elif compilation.cudagraph_mode != CUDAGraphMode.NONE and vllm_config.optimization_level > 0:
         compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+
+
+def device_type() -> str:
+    """What a worker computes on, as torch calls it."""
+    from vllm.platforms import current_platform
+
+    return str(current_platform.device_type)
 
 
 def reports_come_late() -> bool:

@@ -32,7 +32,7 @@ def test_one_token_takes_the_pages_that_the_cache_would_take(data):
     per_slab, rows = layers * heads * (slab_tokens // P), 3
     pool = torch.zeros(400 * per_slab, 2, P, 4, device=DEVICE)
     cache = SlabCache(pool, layers, heads, window, slab_tokens, rows, max_tokens=90)
-    slabs = 1 + torch.randperm(399)[: rows * cache.slabs.shape[1]]  # the first is nobody's
+    slabs = 1 + torch.randperm(399)[: rows * cache.slabs.shape[1]]  # the first is the null slab
     cache.slabs[:rows] = slabs.view(rows, -1).to(cache.slabs)
     cache.row_of_slab[cache.slabs[:rows, 0].long()] = torch.arange(rows, dtype=torch.int32, device=DEVICE)
     cache.seen[:, :rows] = torch.tensor([data.draw(st.sampled_from([0, 1, 16, 40, 80])) for _ in range(rows)])

@@ -71,9 +71,9 @@ def test_random_schedules_equal_the_dense_cache(window, slab_tokens, late):
     assert ledger.totals()["slabs_returned"] == freed
 
 
-def test_a_step_filled_up_with_nobodys_requests_is_as_without():
+def test_a_padded_step_is_as_one_that_is_not():
     outs, taken = [], []
-    for filled in (0, 2):
+    for padding in (0, 2):
         torch.manual_seed(0)
         cache, ledger = make(8, rows=2)
         for tokens in [20, *range(21, 80)]:
@@ -81,7 +81,7 @@ def test_a_step_filled_up_with_nobodys_requests_is_as_without():
             ledger.grant("a", tokens, list(range(held, held + ledger.missing("a", tokens))))
             cache.apply(ledger.orders())
             T = 20 if tokens == 20 else 1
-            first_slabs = torch.tensor([1] + [SlabCache.NOBODYS] * (filled if T == 1 else 0))
+            first_slabs = torch.tensor([1] + [0] * (padding if T == 1 else 0))
             step, B = cache.begin(first_slabs, 200), len(first_slabs)
             for layer in range(LAYERS):
                 own = torch.randn(1, HEADS + 2 * KV_HEADS, T, D)
@@ -89,12 +89,73 @@ def test_a_step_filled_up_with_nobodys_requests_is_as_without():
                 keep = (torch.rand(1, KV_HEADS, T) < 0.5).expand(B, -1, -1)
                 outs.append(step.attend(layer, slice(0, B), query, key, value, keep, scale=1.0)[:1])
             step.end()
-            assert not cache.seen[:, cache.nobody].any()
-            assert not cache.taken[cache.nobody]
+            assert not cache.seen[:, cache.padding_row].any()
+            assert not cache.taken[cache.padding_row]
         taken.append(cache.taken[0].item())
     half = len(outs) // 2
     assert all(map(torch.equal, outs[:half], outs[half:]))
     assert taken[0] == taken[1] > 0
+
+
+@pytest.mark.gpu
+def test_a_step_replayed_from_a_graph_is_as_one_run_eagerly():
+    """Requests come and go, are padded to one size, and read their prompts between replays."""
+    size, P, D, kv_heads, most = 4, 16, 64, 2, 300
+    caches, ledger = [], Ledger(SlabSizes(24, P, P, 0.5, 64))
+    for _ in range(2):
+        pool = torch.full((400 * LAYERS * kv_heads, 2, P, D), float("nan"), dtype=torch.bfloat16, device="cuda")
+        caches.append(SlabCache(pool, LAYERS, kv_heads, 24, P, size, most))
+    first_slabs = torch.zeros(size, 3, dtype=torch.int32, device="cuda")  # as vLLM's table of blocks
+    new = torch.zeros(LAYERS, size, 2 * HEADS, 1, D, dtype=torch.bfloat16, device="cuda")
+    keep = torch.zeros(LAYERS, size, kv_heads, 1, dtype=torch.bool, device="cuda")
+
+    def run(cache, slabs, new, keep, longest):
+        step, outs = cache.begin(slabs, longest), []
+        for layer in range(LAYERS):
+            query, key, value = new[layer].split([HEADS, kv_heads, kv_heads], 1)
+            outs.append(step.attend(layer, slice(0, len(slabs)), query, key, value, keep[layer], scale=D**-0.5))
+        step.end()
+        return torch.stack(outs)
+
+    run(caches[0], first_slabs[:, 0], new, keep, most)  # compiles the kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = run(caches[0], first_slabs[:, 0], new, keep, most)
+    rng, free, held, seen = random.Random(0), list(range(1, 400)), {}, {}
+    for _ in range(60):
+        for name in [name for name in held if rng.random() < 0.05 or seen[name] > most - 30]:
+            free += held.pop(name)
+            del seen[name]
+            ledger.release(name)
+        coming = [name for name in "abcd" if name not in held and rng.random() < 0.3]
+        running = [name for name in held if rng.random() < 0.9]
+        for names, tokens in ((coming, rng.randint(2, 60)), (running, 1)):
+            for name in names:
+                seen[name] = seen.get(name, 0) + tokens
+                slabs = [free.pop() for _ in range(ledger.missing(name, seen[name]))]
+                ledger.grant(name, seen[name], slabs)
+                held[name] = held.get(name, []) + slabs
+            orders = ledger.orders()
+            firsts = torch.tensor([held[name][0] for name in names] + [0] * (size - len(names)), dtype=torch.int32)
+            first_slabs[:, 0] = firsts.to("cuda")
+            made = torch.randn(LAYERS, len(names), 2 * HEADS, tokens, D, device="cuda").bfloat16()
+            kept = torch.rand(LAYERS, len(names), kv_heads, tokens, device="cuda") < 0.4
+            outs = []
+            for number, cache in enumerate(caches):
+                cache.apply(orders)
+                if names and tokens == 1:
+                    new[:, : len(names)], keep[:, : len(names)] = made, kept
+                    if number == 0:
+                        graph.replay()
+                    out = replayed if number == 0 else run(cache, first_slabs[:, 0], new, keep, most)
+                    outs.append(out[:, : len(names)].clone())
+                elif names:
+                    outs.append(run(cache, first_slabs[: len(names), 0], made, kept, most))
+            assert not names or torch.equal(*outs)
+            used = {name: caches[1].slabs_of(int(caches[1].taken[row])) for name, row in orders.rows.items()}
+            for name, count in ledger.report(orders.step, used).items():
+                free += [held[name].pop() for _ in range(count)]
+    assert torch.equal(caches[0].taken, caches[1].taken)
 
 
 def test_uses_are_told_once_and_at_most_a_step_late():

@@ -202,22 +202,28 @@ def test_a_runner_that_gives_each_layer_memory_of_its_own_is_refused(monkeypatch
         versions.memory(apart)
 
 
-@pytest.mark.parametrize("asked", ["FULL_AND_PIECEWISE", "NONE"])
+@pytest.mark.parametrize("asked", [None, "FULL_AND_PIECEWISE", "NONE"])
 def test_steps_are_replayed_where_graphs_can_be_captured(monkeypatch, asked):
     from vllm.config import CompilationMode, CUDAGraphMode
     from vllm.platforms import current_platform
 
     from spkv.serving import versions
 
-    def chosen(graphs):
-        monkeypatch.setattr(type(current_platform), "support_static_graph_mode", classmethod(lambda cls: graphs))
-        compilation = SimpleNamespace(mode=None, cudagraph_mode=CUDAGraphMode[asked])
-        config = SimpleNamespace(compilation_config=compilation, model_config=SimpleNamespace(enforce_eager=False))
-        versions.choose_execution(config)
-        assert compilation.mode is CompilationMode.NONE
-        return config.model_config.enforce_eager, compilation.cudagraph_mode.name
+    asked = asked and CUDAGraphMode[asked]
 
-    assert chosen(True) == (False, "NONE" if asked == "NONE" else "FULL_DECODE_ONLY")
+    def chosen(graphs, level=2):
+        monkeypatch.setattr(type(current_platform), "support_static_graph_mode", classmethod(lambda cls: graphs))
+        compilation = SimpleNamespace(mode=None, cudagraph_mode=asked)
+        model = SimpleNamespace(enforce_eager=False)
+        versions.choose_execution(
+            SimpleNamespace(compilation_config=compilation, model_config=model, optimization_level=level)
+        )
+        assert compilation.mode is CompilationMode.NONE
+        return model.enforce_eager, compilation.cudagraph_mode
+
+    wanted = CUDAGraphMode.NONE if asked == CUDAGraphMode.NONE else CUDAGraphMode.FULL_DECODE_ONLY
+    assert chosen(True) == (False, wanted)
+    assert chosen(True, level=0) == (False, asked)
     assert chosen(False)[0]
 
 

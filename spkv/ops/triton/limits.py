@@ -28,11 +28,12 @@ def attention(arguments: dict[str, Any]) -> str | None:
     return _needs_triton(query, _TUNED_SHARED_MEMORY) or (None if query.numel() else "it needs a token")
 
 
-def model(head_size: int, group: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why the kernels cannot run a model with `group` queries a KV head, or None."""
+def model(head_size: int, group: int, dtype: torch.dtype, device: torch.device, *, prefill: bool = True) -> str | None:
+    """Why the kernels cannot run a model with `group` queries a KV head, or, without `prefill`, its single tokens."""
     if group > _MOST_QUERIES_OF_A_CHAIN:
         return f"they take groups of up to {_MOST_QUERIES_OF_A_CHAIN} queries, not {group}"
-    return _needs_triton(torch.empty(1, 1, 1, head_size, dtype=dtype, device=device), _TUNED_SHARED_MEMORY)
+    shared_memory = _TUNED_SHARED_MEMORY if prefill else _DECODE_SHARED_MEMORY
+    return _needs_triton(torch.empty(1, 1, 1, head_size, dtype=dtype, device=device), shared_memory)
 
 
 def codec(page_dtype: str | None, head_size: int, device: torch.device) -> str | None:
