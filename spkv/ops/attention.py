@@ -171,6 +171,7 @@ def pruned_prefill(
         _check_packed(past, key)
         if past.window != window:
             raise ValueError(f"window is {window}, but the cache was filled with window {past.window}")
+        past = past.in_order()
     pool = None if past is None else past.pool
     _check_devices(query.device, key=key, value=value, keep=keep, valid=valid, sinks=sinks, pool=pool)
     arguments = dict(query=query, key=key, value=value, keep=keep, past=past, valid=valid, softcap=softcap, sinks=sinks)

@@ -7,6 +7,7 @@ slot p % w; the kept pages hold, in order, the kept pairs that have left the win
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,8 @@ class PackedLayer:
             another allocation. Only implementations that compute addresses themselves can read such pages.
         empty: a promise that no sequence has seen a token, which saves `pruned_prefill` looking.
         coded: where the kept pages are, if pairs are coded when they leave the window; None: in `pool`, as they are.
+        rows: [B] int32, for a `table` of more sequences, in any order: where the chains of each sequence stand in it,
+            chain h of sequence b in row rows[b] * Hkv + h. None: they are its rows. Not with `free`.
 
     With `free`, `write` hands pages out: a ring gets one when the first token enters it, a chain's end when an append
     begins it. Without, the table must hold the pages before `write` is called. Either way the table needs the columns
@@ -79,12 +82,28 @@ class PackedLayer:
     scattered: bool = False
     empty: bool = False
     coded: CodedPages | None = None
+    rows: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if self.rows is not None and self.free is not None:
+            raise ValueError("pages are handed out to chains that are the rows of their table: not with rows")
         if (self.free is None) != (self.taken is None):
             raise ValueError("free and taken must be given together")
         if self.coded is not None and (self.coded.free is None) != (self.free is None):
             raise ValueError("ring pages and coded pages must both come from stacks, or neither")
+
+    def in_order(self) -> PackedLayer:
+        """The same with a table of these chains alone, a copy if there are `rows`."""
+        if self.rows is None:
+            return self
+        return dataclasses.replace(self, table=self.table[self.table_rows()], rows=None)
+
+    def table_rows(self) -> Tensor:
+        """[C] int64, the row of `table` of each chain."""
+        heads = torch.arange(self.kv_heads, device=self.table.device)
+        if self.rows is None:
+            return torch.arange(self.table.shape[0], device=self.table.device)
+        return (self.rows.long()[:, None] * self.kv_heads + heads).flatten()
 
     @property
     def page_size(self) -> int:

@@ -143,6 +143,7 @@ def packed_decode(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """See `spkv.ops.attention.packed_decode`. Pads every chain to the longest."""
+    packed = packed.in_order()
     B, D = query.shape[0], query.shape[3]
     P, w = packed.page_size, packed.window
     kept_pages = -(-int(packed.kept.max()) // P)
@@ -210,7 +211,7 @@ def _count_leaving(packed: PackedLayer, keep: Tensor, valid: Tensor | None, arri
 
 def write(packed: PackedLayer, key: Tensor, value: Tensor, keep: Tensor, valid: Tensor | None = None) -> None:
     """See `spkv.ops.attention.write`."""
-    room = None
+    packed, room = packed.in_order(), None
     if packed.free is not None:
         enters, room = _hand_out(packed, keep, valid)
         if not enters.all():

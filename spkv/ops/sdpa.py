@@ -124,6 +124,7 @@ def packed_decode(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """See `spkv.ops.attention.packed_decode`: one chain after the other, each at its own length."""
+    packed = packed.in_order()
     B, H, _, D = query.shape
     Hkv, P, ring_pages = packed.kv_heads, packed.page_size, packed.ring_pages
     grouped = query.reshape(B * Hkv, H // Hkv, D)

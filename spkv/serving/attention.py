@@ -35,14 +35,12 @@ class Batch(AttentionMetadata):  # type: ignore[misc]
         starts: where the tokens of each begin, and where the last ends.
         single: how many, at the front, have one token only.
         first_slabs: [requests], what tells them.
-        longest: tokens of the longest of them, or more; for a CUDA graph, of the longest that there can be.
         step: the cache's part in it; begun by the first layer, ended by the last.
     """
 
     starts: list[int]
     single: int
     first_slabs: Tensor
-    longest: int
     step: Step | None = None
 
 
@@ -67,7 +65,7 @@ class BatchBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         while single < requests and starts[single + 1] - starts[single] == 1:
             single += 1
         first_slabs = common_attn_metadata.block_table_tensor[:requests, 0]
-        return Batch(starts, single, first_slabs, common_attn_metadata.max_seq_len)
+        return Batch(starts, single, first_slabs)
 
 
 class SlabBackend(versions.OneMemoryBackend, AttentionBackend):  # type: ignore[misc]
@@ -119,7 +117,7 @@ class SelfPrunedAttention(nn.Module, AttentionLayerBase):  # type: ignore[misc]
             return out
         batch: Batch = batches[self.name]
         if batch.step is None:
-            batch.step = self.cache.begin(batch.first_slabs, batch.longest)
+            batch.step = self.cache.begin(batch.first_slabs)
         queries, outs = (t.view(-1, self.num_heads, self.head_size) for t in (query, out))
         keys, values = (t.view(-1, self.kv_heads, self.head_size) for t in (key, value))
         keeps = self.keep[0].T  # [n, Hkv]

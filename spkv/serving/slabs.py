@@ -78,9 +78,9 @@ class SlabCache:
         self.seen[:, row] = 0
         self.kept[:, row * self.kv_heads : (row + 1) * self.kv_heads] = 0
 
-    def begin(self, first_slabs: Tensor, longest: int) -> Step:
-        """Begin a step of requests, told by their first slabs [B]; `longest` as in `Step`."""
-        return Step(self, self.row_of_slab[first_slabs], longest)
+    def begin(self, first_slabs: Tensor) -> Step:
+        """Begin a step of requests, told by their first slabs [B]."""
+        return Step(self, self.row_of_slab[first_slabs])
 
     def slabs_of(self, pages: int) -> int:
         """Slabs that so many pages of a request lie in."""
@@ -90,24 +90,20 @@ class SlabCache:
 class Step:
     """What a cache holds of the requests of a step, side by side, for all layers; call `end` after the last.
 
-    Gathered at once, since requests lie in rows anywhere, and a layer's part is little work for many launches. Tables
-    are as wide as the longest request may need.
+    Lengths are gathered at once, since requests lie in rows anywhere, and a layer's part is little work for many
+    launches. Tables, which are large, stay where they are.
 
     Args:
-        cache: which changes when the step ends.
-        rows: [B] integers, all different but for the padding row.
-        longest: tokens of the longest request, those of this step included, or more.
+        cache: whose lengths change when the step ends.
+        rows: [B] int32, all different but for the padding row.
     """
 
-    def __init__(self, cache: SlabCache, rows: Tensor, longest: int) -> None:
-        self.cache, self.rows = cache, rows.long()
-        self.chains = (self.rows[:, None] * cache.kv_heads + torch.arange(cache.kv_heads, device=rows.device)).flatten()
-        # One more, which belongs to nobody, as in the cache.
-        self.columns = min(cache.ring_pages - (-longest // cache.page_size), cache.table.shape[2] - 1)
-        self.table = cache.table[:, self.chains, : self.columns + 1]
-        self.seen, self.kept = cache.seen[:, self.rows], cache.kept[:, self.chains]
+    def __init__(self, cache: SlabCache, rows: Tensor) -> None:
+        self.cache, self.rows, index = cache, rows, rows.long()
+        self.chains = (index[:, None] * cache.kv_heads + torch.arange(cache.kv_heads, device=rows.device)).flatten()
+        self.seen, self.kept = cache.seen[:, index], cache.kept[:, self.chains]
         self.ring_keep = cache.ring_keep[:, self.chains]
-        self.slabs, self.taken = cache.slabs[self.rows], cache.taken[self.rows]
+        self.slabs, self.taken = cache.slabs[index], cache.taken[index]
 
     def attend(
         self, layer: int, requests: slice, query: Tensor, key: Tensor, value: Tensor, keep: Tensor, *, scale: float
@@ -138,12 +134,13 @@ class Step:
         return packed_decode(query, packed, scale=scale) if out is None else out
 
     def layer(self, layer: int, requests: slice) -> PackedLayer:
-        """The storage of some requests in one layer, as the operators take it; what they write stays in the step."""
+        """The storage of some requests in one layer, as the operators take it."""
         heads = self.cache.kv_heads
         chains = slice(requests.start * heads, requests.stop * heads)
         return PackedLayer(
             pool=self.cache.pool,
-            table=self.table[layer, chains],
+            table=self.cache.table[layer],
+            rows=self.rows[requests],
             seen=self.seen[layer, requests],
             kept=self.kept[layer, chains],
             ring_keep=self.ring_keep[layer, chains],
@@ -152,10 +149,9 @@ class Step:
 
     def end(self) -> None:
         """Put everything back."""
-        cache = self.cache
-        cache.table[:, self.chains, : self.columns] = self.table[..., :-1]
-        cache.seen[:, self.rows], cache.kept[:, self.chains] = self.seen, self.kept
-        cache.ring_keep[:, self.chains], cache.taken[self.rows] = self.ring_keep, self.taken
+        cache, index = self.cache, self.rows.long()
+        cache.seen[:, index], cache.kept[:, self.chains] = self.seen, self.kept
+        cache.ring_keep[:, self.chains], cache.taken[index] = self.ring_keep, self.taken
         cache.clear(cache.padding_row)
 
     def _take_pages(self, requests: slice, packed: PackedLayer, keep: Tensor) -> None:
@@ -175,8 +171,9 @@ class Step:
         last = self.slabs.shape[1] - 1
         slab = self.slabs[requests].gather(1, (number // per_slab).clamp_max(last).flatten(1))
         page = slab.view_as(number) * per_slab + number % per_slab
-        columns = torch.where(wanted, column[..., None] + nth, self.columns)
-        packed.table.view(N, Hkv, -1).scatter_(2, columns.flatten(2), page.flatten(2).to(packed.table.dtype))
+        columns = torch.where(wanted, column[..., None] + nth, packed.table.shape[1] - 1)
+        rows = packed.table_rows().view(N, Hkv, 1)
+        packed.table[rows, columns.flatten(2)] = page.flatten(2).to(packed.table.dtype)
         self.taken[requests] += count.sum((1, 2)).to(self.taken.dtype)
 
 

@@ -120,6 +120,18 @@ def test_any_lengths_give_what_the_reference_gives(data, dtype, relative_error):
     assert torch.equal(actual, decode_with(query, packed, Tile(slots), programs, **options))
 
 
+def test_chains_may_stand_anywhere_in_a_table_of_more_sequences():
+    packed = fill([90, 3, 40], [50, 0, 0, 0, 20, 20], Hkv=2, D=16, window=20, P=4)
+    query = torch.randn(3, 4, 1, 16, device=DEVICE)
+    elsewhere = torch.full((5, 2, packed.table.shape[1]), 2**30, dtype=torch.int32, device=DEVICE)
+    rows = torch.tensor([4, 0, 2], dtype=torch.int32, device=DEVICE)
+    elsewhere[rows.long()] = packed.table.view(3, 2, -1)
+    scattered = dataclasses.replace(packed, table=elsewhere.flatten(0, 1), rows=rows)
+    assert torch.equal(scattered.in_order().table, packed.table)
+    actual = decode_with(query, scattered, Tile(16), 3, scale=0.25)
+    assert torch.equal(actual, decode_with(query, packed, Tile(16), 3, scale=0.25))
+
+
 @settings(max_examples=12)
 @given(data=st.data())
 @pytest.mark.parametrize("name", ["int8", "fp8", "int4"])

@@ -120,6 +120,25 @@ def layers(draw, sequences=3, **options):
 CHUNKS = st.lists(st.one_of(st.just(1), st.integers(1, 40)), min_size=1, max_size=4)
 
 
+def test_chains_may_stand_anywhere_in_a_table_of_more_sequences():
+    packed = empty(3, 2, 8, 4, 16, 60, handed_out=False)
+    rows = torch.tensor([4, 0, 2], dtype=torch.int32, device=DEVICE)
+    elsewhere = torch.zeros(5, 2, packed.table.shape[1], dtype=torch.int32, device=DEVICE)
+    elsewhere[rows.long()] = packed.table.view(3, 2, -1)
+    scattered = dataclasses.replace(copy(packed), table=elsewhere.flatten(0, 1), rows=rows)
+    for tokens in (1, 20, 1, 1):
+        key, value = torch.randn(2, 3, 2, tokens, 16, device=DEVICE)
+        keep = torch.rand(3, 2, tokens, device=DEVICE) < 0.5
+        for one in (packed, scattered):
+            write(one, key, value, keep)
+    assert torch.equal(contents(scattered.in_order()), contents(packed))
+    for name in ("seen", "kept", "ring_keep"):
+        assert torch.equal(getattr(scattered, name), getattr(packed, name))
+    assert packed.kept.any()
+    with pytest.raises(ValueError, match="not with rows"):
+        dataclasses.replace(empty(3, 2, 8, 4, 16, 60), rows=rows)
+
+
 @settings(max_examples=20)
 @given(layer=layers(handed_out=st.booleans()), sizes=CHUNKS)
 def test_any_chunks_and_tokens_leave_what_the_reference_leaves(layer, sizes):

@@ -47,7 +47,7 @@ def test_random_schedules_equal_the_dense_cache(window, slab_tokens, late):
         cache.apply(orders)
         batch = dict(sorted(batch.items(), key=lambda item: item[1]))
         first_slabs = torch.tensor([held[name][0] for name in batch], dtype=torch.int32)
-        step = cache.begin(first_slabs, max((seen[name] for name in batch), default=0) + rng.choice([0, 1, 300]))
+        step = cache.begin(first_slabs)
         for layer in range(LAYERS):
             for tokens in {*batch.values()}:
                 names = [name for name in batch if batch[name] == tokens]
@@ -82,7 +82,7 @@ def test_a_padded_step_is_as_one_that_is_not():
             cache.apply(ledger.orders())
             T = 20 if tokens == 20 else 1
             first_slabs = torch.tensor([1] + [0] * (padding if T == 1 else 0))
-            step, B = cache.begin(first_slabs, 200), len(first_slabs)
+            step, B = cache.begin(first_slabs), len(first_slabs)
             for layer in range(LAYERS):
                 own = torch.randn(1, HEADS + 2 * KV_HEADS, T, D)
                 query, key, value = own.expand(B, -1, -1, -1).split([HEADS, KV_HEADS, KV_HEADS], 1)
@@ -109,18 +109,18 @@ def test_a_step_replayed_from_a_graph_is_as_one_run_eagerly():
     new = torch.zeros(LAYERS, size, 2 * HEADS, 1, D, dtype=torch.bfloat16, device="cuda")
     keep = torch.zeros(LAYERS, size, kv_heads, 1, dtype=torch.bool, device="cuda")
 
-    def run(cache, slabs, new, keep, longest):
-        step, outs = cache.begin(slabs, longest), []
+    def run(cache, slabs, new, keep):
+        step, outs = cache.begin(slabs), []
         for layer in range(LAYERS):
             query, key, value = new[layer].split([HEADS, kv_heads, kv_heads], 1)
             outs.append(step.attend(layer, slice(0, len(slabs)), query, key, value, keep[layer], scale=D**-0.5))
         step.end()
         return torch.stack(outs)
 
-    run(caches[0], first_slabs[:, 0], new, keep, most)  # compiles the kernels
+    run(caches[0], first_slabs[:, 0], new, keep)  # compiles the kernels
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        replayed = run(caches[0], first_slabs[:, 0], new, keep, most)
+        replayed = run(caches[0], first_slabs[:, 0], new, keep)
     rng, free, held, seen = random.Random(0), list(range(1, 400)), {}, {}
     for _ in range(60):
         for name in [name for name in held if rng.random() < 0.05 or seen[name] > most - 30]:
@@ -147,10 +147,10 @@ def test_a_step_replayed_from_a_graph_is_as_one_run_eagerly():
                     new[:, : len(names)], keep[:, : len(names)] = made, kept
                     if number == 0:
                         graph.replay()
-                    out = replayed if number == 0 else run(cache, first_slabs[:, 0], new, keep, most)
+                    out = replayed if number == 0 else run(cache, first_slabs[:, 0], new, keep)
                     outs.append(out[:, : len(names)].clone())
                 elif names:
-                    outs.append(run(cache, first_slabs[: len(names), 0], made, kept, most))
+                    outs.append(run(cache, first_slabs[: len(names), 0], made, kept))
             assert not names or torch.equal(*outs)
             used = {name: caches[1].slabs_of(int(caches[1].taken[row])) for name, row in orders.rows.items()}
             for name, count in ledger.report(orders.step, used).items():

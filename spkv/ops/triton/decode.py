@@ -119,7 +119,7 @@ def decode_with(
     span = torch.empty(C, 2, dtype=torch.int32, device=query.device)
     with on_device_of(query):
         _attend[(programs,)](
-            query, pool, table, packed.seen, packed.kept, acc, m, l, span,
+            query, pool, table, packed.rows, packed.seen, packed.kept, acc, m, l, span,
             C, packed.window, packed.ring_pages * packed.page_size, float(scale), float(softcap or 1.0),
             query.stride(0), query.stride(1), pool.stride(0), pool.stride(1), pool.stride(2), table.stride(0),
             *coded.operands(packed), CODEC=coded.name(packed),
@@ -202,9 +202,9 @@ def _take(
 _VARYING = ("C", "window", "ring_slots", "query_stride_b", "table_stride")
 
 
-@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=("table", "seen", "kept"))
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=("table", "rows", "seen", "kept"))
 def _attend(
-    query, pool, table, seen, kept, acc_out, m_out, l_out, span,
+    query, pool, table, rows, seen, kept, acc_out, m_out, l_out, span,
     C, window, ring_slots, scale, softcap,
     query_stride_b, query_stride_h, pool_stride_page, pool_stride_half, pool_stride_slot, table_stride,
     codes, numbers, page_bytes, CODEC: tl.constexpr,
@@ -235,7 +235,10 @@ def _attend(
             mask=(g[:, None] < G) & (d[None, :] < D),
             other=0.0,
         )  # [M, D_PAD]
-        chain_table = table + chain.to(tl.int64) * table_stride
+        row = chain.to(tl.int64)
+        if rows is not None:
+            row = tl.load(rows + b).to(tl.int64) * Hkv + h
+        chain_table = table + row * table_stride
         m = tl.full([M], float("-inf"), tl.float32)
         l = tl.zeros([M], tl.float32)  # noqa: E741
         acc = tl.zeros([M, D_PAD], tl.float32)

@@ -27,7 +27,7 @@ def take_pages(packed: PackedLayer, slabs: Tensor, taken: Tensor, per_slab: int)
     N, Hkv = taken.shape[0], packed.kv_heads
     with on_device_of(taken):
         _take[(N,)](
-            packed.table, packed.seen, packed.kept, packed.ring_keep, slabs, taken,
+            packed.table, packed.rows, packed.seen, packed.kept, packed.ring_keep, slabs, taken,
             packed.window, packed.ring_pages, per_slab, slabs.shape[1],
             packed.table.stride(0), packed.ring_keep.stride(0), slabs.stride(0),
             Hkv=Hkv, HKV_PAD=triton.next_power_of_2(Hkv), P=packed.page_size, num_warps=1,
@@ -36,12 +36,12 @@ def take_pages(packed: PackedLayer, slabs: Tensor, taken: Tensor, per_slab: int)
 
 # Neither lengths nor the alignment of one layer's rows of a table may ask for a compilation of their own.
 _VARYING = ("window", "ring_pages", "per_slab", "columns", "table_stride", "ring_keep_stride", "slabs_stride")
-_ANY_ALIGNMENT = ("table", "seen", "kept", "ring_keep", "slabs", "taken")
+_ANY_ALIGNMENT = ("table", "rows", "seen", "kept", "ring_keep", "slabs", "taken")
 
 
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def _take(
-    table, seen, kept, ring_keep, slabs, taken, window, ring_pages, per_slab, columns,
+    table, rows, seen, kept, ring_keep, slabs, taken, window, ring_pages, per_slab, columns,
     table_stride, ring_keep_stride, slabs_stride, Hkv: tl.constexpr, HKV_PAD: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """One request, all its heads."""
@@ -57,7 +57,10 @@ def _take(
     number = used + tl.cumsum(begins.to(tl.int32), 0) - 1
     slab = tl.load(slabs + n * slabs_stride + tl.minimum(number // per_slab, columns - 1), mask=begins, other=0)
     column = tl.where(filling, position // P, ring_pages + end // P)
-    tl.store(table + chain * table_stride + column, slab * per_slab + number % per_slab, mask=begins)
+    row = chain
+    if rows is not None:
+        row = tl.load(rows + n).to(tl.int64) * Hkv + head
+    tl.store(table + row * table_stride + column, slab * per_slab + number % per_slab, mask=begins)
     # Every thread has read it.
     tl.debug_barrier()
     tl.store(taken + n, used + tl.sum(begins.to(tl.int32), 0))

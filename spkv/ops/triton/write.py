@@ -66,7 +66,7 @@ def _write_token(packed: PackedLayer, key: Tensor, value: Tensor, keep: Tensor, 
     pool, table, ring_keep, free = packed.pool, packed.table, packed.ring_keep, packed.free
     kept_free, kept_taken = _kept_stack(packed)
     _token[(B,)](
-        key, value, keep, valid, pool, table, packed.seen, packed.kept, ring_keep, free, packed.taken,
+        key, value, keep, valid, pool, table, packed.rows, packed.seen, packed.kept, ring_keep, free, packed.taken,
         kept_free, kept_taken, *coded.operands(packed),
         packed.window, packed.ring_pages, _size(free), _size(kept_free),
         key.stride(0), key.stride(1), keep.stride(0), keep.stride(1), 0 if valid is None else valid.stride(0),
@@ -77,6 +77,7 @@ def _write_token(packed: PackedLayer, key: Tensor, value: Tensor, keep: Tensor, 
 
 
 def _write_chunk(packed: PackedLayer, key: Tensor, value: Tensor, keep: Tensor, valid: Tensor | None) -> None:
+    packed = packed.in_order()
     B, Hkv, T, D = key.shape
     C, w, P, D_PAD = B * Hkv, packed.window, packed.page_size, triton.next_power_of_2(D)
     pool, table, seen, kept, ring_keep, free = (
@@ -132,14 +133,14 @@ _VARYING = (
     "ring_keep_stride",
 )  # fmt: skip
 _ANY_ALIGNMENT = (
-    "keep", "valid", "table", "seen", "kept", "ring_keep", "free", "taken", "kept_free", "kept_taken",
+    "keep", "valid", "table", "rows", "seen", "kept", "ring_keep", "free", "taken", "kept_free", "kept_taken",
 )  # fmt: skip
 _kernel = triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 
 
 @_kernel
 def _token(
-    key, value, keep, valid, pool, table, seen, kept, ring_keep, free, taken,
+    key, value, keep, valid, pool, table, rows, seen, kept, ring_keep, free, taken,
     kept_free, kept_taken, codes, numbers, page_bytes,
     window, ring_pages, free_pages, kept_free_pages,
     key_stride_b, key_stride_h, keep_stride_b, keep_stride_h, valid_stride_b,
@@ -160,6 +161,8 @@ def _token(
         heads = heads & (tl.load(valid + b.to(tl.int64) * valid_stride_b) != 0)
     chain = (b * Hkv + h).to(tl.int64)
     row = table + chain * table_stride
+    if rows is not None:
+        row = table + (tl.load(rows + b).to(tl.int64) * Hkv + h) * table_stride
 
     position = tl.load(seen + b)
     slot = position % window
