@@ -100,9 +100,9 @@ class PackedLayer:
 
     def table_rows(self) -> Tensor:
         """[C] int64, the row of `table` of each chain."""
-        heads = torch.arange(self.kv_heads, device=self.table.device)
         if self.rows is None:
             return torch.arange(self.table.shape[0], device=self.table.device)
+        heads = torch.arange(self.kv_heads, device=self.table.device)
         return (self.rows.long()[:, None] * self.kv_heads + heads).flatten()
 
     @property
