@@ -1,7 +1,8 @@
 """Gathers what `spkv eval --output` measured of one model, in any number of runs and on any device, into one file.
 
     spkv eval my-model-spkv --reference my-model --task vt --policies dense,spkv,tova --output runs/vt-4k
-    python -m benchmarks.evaluation runs/* --model my-model --device "NVIDIA H200" --commit efe3988 --json FILE
+    python -m benchmarks.evaluation runs/vt-4k --model my-model --device "NVIDIA H200" --commit efe3988 \\
+        --command "spkv eval ..." --json FILE
 
 FILE gets a row for each task, length and policy that is done, in place of those that it had of the same ones.
 """
@@ -77,9 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", required=True, help="what the rows call it")
     parser.add_argument("--device", required=True, help="that it was measured on")
     parser.add_argument("--commit", required=True, help="that it was measured at")
+    parser.add_argument("--command", required=True, help="that measured it, without the paths of its machine")
     parser.add_argument("--json", type=Path, required=True, help="file for the rows")
     options = parser.parse_args(argv)
-    new = gather(options.sources, {name: getattr(options, name) for name in ("model", "device", "commit")})
+    new = gather(options.sources, {name: getattr(options, name) for name in ("model", "device", "commit", "command")})
     old = json.loads(options.json.read_text(encoding="utf-8"))["rows"] if options.json.exists() else []
     rows = merge(old, new)
     text = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)

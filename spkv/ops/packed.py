@@ -96,14 +96,9 @@ class PackedLayer:
         """The same with a table of these chains alone, a copy if there are `rows`."""
         if self.rows is None:
             return self
-        return dataclasses.replace(self, table=self.table[self.table_rows()], rows=None)
-
-    def table_rows(self) -> Tensor:
-        """[C] int64, the row of `table` of each chain."""
-        if self.rows is None:
-            return torch.arange(self.table.shape[0], device=self.table.device)
         heads = torch.arange(self.kv_heads, device=self.table.device)
-        return (self.rows.long()[:, None] * self.kv_heads + heads).flatten()
+        chains = (self.rows.long()[:, None] * self.kv_heads + heads).flatten()
+        return dataclasses.replace(self, table=self.table[chains], rows=None)
 
     @property
     def page_size(self) -> int:

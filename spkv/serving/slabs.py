@@ -172,8 +172,8 @@ class Step:
         slab = self.slabs[requests].gather(1, (number // per_slab).clamp_max(last).flatten(1))
         page = slab.view_as(number) * per_slab + number % per_slab
         columns = torch.where(wanted, column[..., None] + nth, packed.table.shape[1] - 1)
-        rows = packed.table_rows().view(N, Hkv, 1)
-        packed.table[rows, columns.flatten(2)] = page.flatten(2).to(packed.table.dtype)
+        chains = self.chains.view(-1, Hkv, 1)[requests]
+        packed.table[chains, columns.flatten(2)] = page.flatten(2).to(packed.table.dtype)
         self.taken[requests] += count.sum((1, 2)).to(self.taken.dtype)
 
 

@@ -21,7 +21,7 @@ def save(path, *rows):
 
 def test_runs_are_gathered_and_newer_rows_replace_older_ones(tmp_path):
     file = tmp_path / "evaluation.json"
-    about = ["--model", "m", "--device", "d", "--commit", "c", "--json", str(file)]
+    about = ["--model", "m", "--device", "d", "--commit", "c", "--command", "spkv eval m", "--json", str(file)]
     first = save(tmp_path / "a", row("vt", "dense", 0.5), row("vt", "spkv", 0.25, threshold=0.5, by_fact={}))
     texts = [save(tmp_path / name, row("nll", "dense", None, loss=2.0)) for name in ("books", "code")]
     assert evaluation.main([first, *texts, *about]) == 0
@@ -41,7 +41,19 @@ def test_runs_are_gathered_and_newer_rows_replace_older_ones(tmp_path):
 
 def test_the_committed_rows_are_complete_and_matched():
     rows = json.loads((RESULTS / "evaluation.json").read_text(encoding="utf-8"))["rows"]
-    needed = {"model", "device", "commit", "task", "policy", "threshold", "length", "kept_fraction", "density", "score"}
+    needed = {
+        "model",
+        "device",
+        "commit",
+        "command",
+        "task",
+        "policy",
+        "threshold",
+        "length",
+        "kept_fraction",
+        "density",
+        "score",
+    }
     pruned = {
         (r["model"], r["data"], r["task"], r["length"]): r
         for r in rows
