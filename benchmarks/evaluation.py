@@ -5,6 +5,7 @@
         --command "spkv eval ..." --json FILE
 
 FILE gets a row for each task, length and policy that is done, in place of those that it had of the same ones.
+`benchmarks.evaluation_runs` runs and gathers all that docs/evaluation.md shows.
 """
 
 from __future__ import annotations
@@ -68,6 +69,15 @@ def merge(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[
     return list({key(row): row for row in (*old, *new)}.values())
 
 
+def add(new: Sequence[dict[str, Any]], file: Path) -> int:
+    """Merge rows into a file's, which is made if needed; returns how many it has then."""
+    old = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
+    rows = merge(old, new)
+    text = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    file.write_text(f'{{"rows": [\n{text}\n]}}\n', encoding="utf-8")
+    return len(rows)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.evaluation",
@@ -82,11 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, required=True, help="file for the rows")
     options = parser.parse_args(argv)
     new = gather(options.sources, {name: getattr(options, name) for name in ("model", "device", "commit", "command")})
-    old = json.loads(options.json.read_text(encoding="utf-8"))["rows"] if options.json.exists() else []
-    rows = merge(old, new)
-    text = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    options.json.write_text(f'{{"rows": [\n{text}\n]}}\n', encoding="utf-8")
-    print(json.dumps({"rows": len(rows), "json": options.json.name}))
+    print(json.dumps({"rows": add(new, options.json), "json": options.json.name}))
     return 0
 
 

@@ -68,14 +68,11 @@ class Answers:
             for context in self._contexts:
                 check_press_length(press, len(context))
 
-    def batches(self, model: PreTrainedModel, batch_size: int, press: str | None = None) -> list[list[int]]:
-        """Examples that are read together: asked as often, for answers as long, of contexts as equal as can be.
-
-        Methods of kvpress take no padding, and sliding windows of transformers would count it.
-        """
+    def batches(self, model: PreTrainedModel, batch_size: int) -> list[list[int]]:
+        """Examples that are read together: asked as often, for answers as long, of contexts as equal as can be."""
         decoder = find_decoder(model)
-        if press is not None or len(decoder.global_layers) < len(list(decoder.attentions)):
-            batch_size = 1
+        if len(decoder.global_layers) < len(list(decoder.attentions)):
+            batch_size = 1  # sliding windows of transformers would count padding
         alike: dict[tuple[Any, ...], list[int]] = {}
         for index in sorted(range(self.count), key=lambda i: (-len(self._contexts[i]), i)):
             limits = tuple((question.max_new_tokens, question.stop) for question in self.examples[index].questions)

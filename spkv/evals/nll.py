@@ -140,10 +140,8 @@ class Losses:
             )
         check_press_length(press, self.length - self.continuation)
 
-    def batches(self, model: PreTrainedModel, batch_size: int, press: str | None = None) -> list[list[int]]:
+    def batches(self, model: PreTrainedModel, batch_size: int) -> list[list[int]]:
         """Sequences that are read together."""
-        if press is not None:
-            batch_size = 1
         indices = list(range(self.count))
         return [indices[start : start + batch_size] for start in range(0, self.count, batch_size)]
 

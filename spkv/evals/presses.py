@@ -2,7 +2,7 @@
 
 They score all pairs of a context after one dense pass over it, keep the best of each head (all heads and layers the
 same number), and keep everything that follows. What `spkv` reached is therefore asked for as a kept_fraction of the
-context. They run without chunks and on one text at a time.
+context. They read a context without chunks, and one text at a time.
 
 kvpress knows a family of methods more that are not here: those that keep other numbers of pairs in each head, which
 are simulated by changing keys in place and free no memory, and those that need weights of their own from a hub.

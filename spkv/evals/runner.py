@@ -36,7 +36,7 @@ class Job(Protocol):
     def check(self, model: PreTrainedModel, press: str | None = None, *, oracle: bool = False) -> None:
         """Raise a ValueError if a model, or a method of `spkv.evals.presses`, cannot do it."""
 
-    def batches(self, model: PreTrainedModel, batch_size: int, press: str | None = None) -> list[list[int]]:
+    def batches(self, model: PreTrainedModel, batch_size: int) -> list[list[int]]:
         """Indices of the examples that are read together."""
 
     def run(
@@ -163,7 +163,7 @@ def _run(
         # Nothing has left the window of a short text; random gates have nothing to do then.
         matched = mean([source[index][which] for index in sorted(source)])
         matched = 1.0 if matched is None else matched
-    for batch in job.batches(model, batch_size, policy.press):
+    for batch in job.batches(model, batch_size):
         # A batch is measured as a whole, so that going on rounds as an evaluation in one go does.
         if not all(index in records.done(key) for index in batch):
             started = time.perf_counter()

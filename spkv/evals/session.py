@@ -56,7 +56,7 @@ class Session:
         self._columns = 0  # of the cache's mask
         self._pending: list[list[int]] = []  # the last token of each answer, which no pass has read yet
         self._logits: Tensor | None = None  # [B, V], of the token after what was read
-        self._pruned_columns: int | None = None  # that a press left of the context
+        self._dropped: list[int] | None = None  # pairs of each head that a press took out of each context
 
     @torch.no_grad()
     def read(self, texts: Sequence[Sequence[int]], *, losses: bool = False, press: Press | None = None) -> list[Tensor]:
@@ -65,7 +65,7 @@ class Session:
         Args:
             texts: [B] token ids, none of them empty.
             losses: also return the cross-entropy (nats) of every token that a token stands before.
-            press: reads all of the piece in one pass, inside this; for the first piece of a single text.
+            press: reads each text in one pass of its own, inside this; for the first piece of every text.
 
         Returns:
             A float32 tensor for each text, [tokens], or one less for the first piece; empty without `losses`.
@@ -75,22 +75,22 @@ class Session:
         if not self.lengths:
             self.lengths = [0] * len(texts)
             self._pending = [[] for _ in texts]
-        if press is not None and (len(texts) > 1 or self.lengths[0]):
-            raise ValueError("a press reads one text, and into an empty cache")
+        if press is not None:
+            if losses or self._columns:
+                raise ValueError("a press reads the first piece of every text, and computes no losses")
+            self._read_pruned(texts, press)
+            return []
         T = max(map(len, texts))
         ids = torch.tensor([[0] * (T - len(text)) + list(text) for text in texts], device=self.model.device)
         valid = torch.tensor([[False] * (T - len(text)) + [True] * len(text) for text in texts], device=ids.device)
         previous, pieces = self._logits, []
-        step = T if press is not None else self.chunk_size
-        for start in range(0, T, step):
-            chunk, real = ids[:, start : start + step], valid[:, start : start + step]
-            logits = self._forward(chunk, real, keep_logits=losses, press=press)
+        for start in range(0, T, self.chunk_size):
+            chunk, real = ids[:, start : start + self.chunk_size], valid[:, start : start + self.chunk_size]
+            logits = self._forward(chunk, real, keep_logits=losses)
             if losses:
                 pieces.append(token_losses(previous, logits, chunk))
                 previous = logits[:, -1]
         self._logits = logits[:, -1]
-        if press is not None:
-            self._pruned_columns = self._columns = self.cache.get_seq_length()
         if not losses:
             return []
         joined = torch.cat(pieces, dim=1).cpu()
@@ -116,7 +116,7 @@ class Session:
         if any(pieces):
             self.read(pieces)
         assert self._logits is not None
-        if len(pieces) == 1 and self._pruned_columns is None and self._valid is None:
+        if len(pieces) == 1 and self._dropped is None and self._valid is None:
             answers = [self._decode_one(max_new_tokens, stop)]
         else:
             answers = self._decode(max_new_tokens, stop)
@@ -146,14 +146,45 @@ class Session:
                 )
                 for inside, outside, total in zip(kept, left, seen, strict=True)
             ]
-        if self._pruned_columns is not None:
-            held, seen_tokens = self._columns, self.lengths[0]
-            # Such a method knows no window, so its density would say nothing.
-            return [CacheSize(None, held / seen_tokens, whole.kv_bytes, whole.kv_bytes * seen_tokens // held)]
-        share = [whole.kv_bytes * length // (self._columns * B) for length in self.lengths]
-        return [CacheSize(1.0, 1.0, size, size) for size in share]
+        pair_bytes = whole.kv_bytes / (self._columns * B)  # of a pair in all layers and heads
+        dropped = self._dropped or [0] * B
+        return [
+            CacheSize(
+                # A press knows no window, so its density would say nothing.
+                density=1.0 if self._dropped is None else None,
+                kept_fraction=(seen_tokens - gone) / seen_tokens,
+                kv_bytes=int(pair_bytes * (seen_tokens - gone)),
+                dense_kv_bytes=int(pair_bytes * seen_tokens),
+            )
+            for seen_tokens, gone in zip(self.lengths, dropped, strict=True)
+        ]
 
-    def _forward(self, ids: Tensor, valid: Tensor, *, keep_logits: bool, press: Press | None = None) -> Tensor:
+    def _read_pruned(self, texts: Sequence[Sequence[int]], press: Press) -> None:
+        """Read each text by itself, since kvpress takes no padding; put the pruned caches side by side."""
+        caches, logits = [], []
+        with press:
+            for text in texts:
+                ids = torch.tensor([list(text)], device=self.model.device)
+                caches.append(DynamicCache(config=self.model.config))
+                # kvpress knows a prefill by cache_position, which newer versions of transformers no longer make.
+                position = torch.arange(len(text), device=ids.device)
+                read = self.model(ids, past_key_values=caches[-1], cache_position=position, logits_to_keep=1)
+                logits.append(read.logits[:, -1])
+        held = [cache.get_seq_length() for cache in caches]
+        self._columns = max(held)
+        for index in range(len(caches[0])):
+            layers: list[Any] = [cache.layers[index] for cache in caches]
+            keys = torch.cat([_pad_left(layer.keys, self._columns) for layer in layers])
+            values = torch.cat([_pad_left(layer.values, self._columns) for layer in layers])
+            self.cache.update(keys, values, index)
+        if min(held) < self._columns:
+            column = torch.arange(self._columns, device=self.model.device)
+            self._valid = column >= self._columns - torch.tensor(held, device=column.device)[:, None]
+        self.lengths = [len(text) for text in texts]
+        self._dropped = [length - left for length, left in zip(self.lengths, held, strict=True)]
+        self._logits = torch.cat(logits)
+
+    def _forward(self, ids: Tensor, valid: Tensor, *, keep_logits: bool) -> Tensor:
         """One pass over [B, T]: returns logits [B, T or 1, V]."""
         B, T = ids.shape
         seen = torch.tensor(self.lengths, device=ids.device)[:, None]
@@ -163,18 +194,14 @@ class Session:
         if self._valid is not None:
             self._valid = torch.cat([self._valid, valid], dim=1)
         extra = {} if self._valid is None else {"attention_mask": self._valid.long()}
-        if press is not None:
-            # kvpress knows a prefill by this keyword, which newer versions of transformers no longer make.
-            extra["cache_position"] = torch.arange(T, device=ids.device)
-        with press if press is not None else torch.no_grad():
-            logits: Tensor = self.model(
-                input_ids=ids,
-                position_ids=position,
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=0 if keep_logits else 1,
-                **extra,
-            ).logits
+        logits: Tensor = self.model(
+            input_ids=ids,
+            position_ids=position,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=0 if keep_logits else 1,
+            **extra,
+        ).logits
         self._columns += T
         self.lengths = [length + new for length, new in zip(self.lengths, valid.sum(1).tolist(), strict=True)]
         return logits
@@ -202,6 +229,11 @@ class Session:
                 break
             logits = self._forward(token[:, None], active[:, None], keep_logits=False)[:, -1]
         return answers
+
+
+def _pad_left(pairs: Tensor, columns: int) -> Tensor:
+    """[1, Hkv, n, D] to [1, Hkv, columns, D], zeros in front."""
+    return F.pad(pairs, (0, 0, columns - pairs.shape[2], 0))
 
 
 def token_losses(previous: Tensor | None, logits: Tensor, ids: Tensor) -> Tensor:

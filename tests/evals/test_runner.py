@@ -84,7 +84,6 @@ def test_rows_tell_what_was_measured(words_model, job):
 
 def test_batches_are_of_like_lengths(words_model, job):
     assert job.batches(words_model, 2) == [[0, 3], [1, 4], [2]]
-    assert job.batches(words_model, 2, press="tova") == [[0], [3], [1], [4], [2]]
 
 
 def test_two_evaluations_are_the_same(words_model, tokenizer, letters, tmp_path):

@@ -1,0 +1,70 @@
+"""All evaluations of a model, run by one command."""
+
+import json
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks import evaluation_runs
+from benchmarks.recipes import UNFINISHED
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Stands in for the processes: what was run, with the GPU of each; vt fails, and cwe goes beyond any limit."""
+    commands = []
+
+    def run(command, env, stdout, stderr, timeout):
+        directory = Path(command[command.index("--output") + 1])
+        commands.append((directory.name, env.get("CUDA_VISIBLE_DEVICES"), command))
+        if directory.name.startswith("cwe"):
+            raise subprocess.TimeoutExpired(command, timeout)
+        if directory.name.startswith("vt"):
+            return SimpleNamespace(returncode=1)
+        row = dict(task=directory.name, policy="dense", score=0.5, length=64, examples=2)
+        directory.mkdir()
+        (directory / "results.json").write_text(json.dumps({"arguments": {"dtype": "float32"}, "rows": [row]}))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(evaluation_runs.torch.cuda, "get_device_name", lambda: "a GPU")
+    return commands
+
+
+def arguments(folder, *more):
+    given = f"{folder}/model --reference {folder}/control --twin {folder}/twin --name m --commit c --lengths 64"
+    given += f" --text books={folder}/b.txt --essays {folder}/e.txt --output {folder}/runs --json {folder}/f.json"
+    return [*given.split(), *more]
+
+
+def test_each_is_run_once_and_what_is_done_is_gathered(ran, tmp_path, capsys):
+    assert evaluation_runs.main(arguments(tmp_path, "--gpus", "2", "--at-once", "3")) == 1
+    names = [name for name, _, _ in ran]
+    assert len(names) == len(set(names)) == 14
+    assert {gpu for _, gpu, _ in ran} <= {"0", "1"}
+    states = json.loads(capsys.readouterr().out.splitlines()[-1])["evaluations"]
+    assert states.pop("vt-64") == "failed with exit code 1, see vt-64.log"
+    assert states.pop("cwe-64") == "undone"
+    assert set(states.values()) == {"done"}
+    rows = json.loads((tmp_path / "f.json").read_text())["rows"]
+    assert {row["task"] for row in rows} == set(states)
+    (fwe,) = (row for row in rows if row["task"] == "fwe-64")
+    assert (fwe["model"], fwe["device"], fwe["commit"], fwe["dtype"]) == ("m", "a GPU", "c", "float32")
+    assert fwe["command"] == (
+        "spkv eval model --policies dense,spkv,streaming,random,h2o,expected-attention,snapkv,tova,keydiff,twin=twin "
+        "--thresholds 0.5 --reference control --task fwe --sequence-length 64 --limit 2048 --batch-size 2048 "
+        "--task-option essays=e.txt"
+    )
+
+
+def test_nothing_starts_past_the_time_limit(ran, tmp_path):
+    assert evaluation_runs.main(arguments(tmp_path, "--gpus", "0", "--time-limit", "0")) == UNFINISHED
+    assert ran == []
+
+
+def test_a_text_needs_a_name(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        evaluation_runs.main(arguments(tmp_path, "--text", "books.txt"))
+    assert "'books.txt' is not NAME=FILE" in capsys.readouterr().err
