@@ -93,7 +93,8 @@ class Pool:
 
     def run(self, gpus: int, at_once: int) -> dict[str, str]:
         """Returns by name how each ended: done, undone, or failed, with the place of its log."""
-        places = [str(gpu) if gpus else None for gpu in range(max(1, gpus)) for _ in range(at_once)]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+        places = [gpu for gpu in (visible.split(",")[:gpus] if gpus else [None]) for _ in range(at_once)]
         threads = max(1, (os.cpu_count() or 1) // len(places))
         workers = [threading.Thread(target=self._work, args=(gpu, threads)) for gpu in places]
         for worker in workers:

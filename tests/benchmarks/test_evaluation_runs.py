@@ -39,7 +39,8 @@ def arguments(folder, *more):
     return [*given.split(), *more]
 
 
-def test_each_is_run_once_and_what_is_done_is_gathered(ran, tmp_path, capsys):
+def test_each_is_run_once_and_what_is_done_is_gathered(ran, monkeypatch, tmp_path, capsys):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert evaluation_runs.main(arguments(tmp_path, "--gpus", "2", "--at-once", "3")) == 1
     names = [name for name, _, _ in ran]
     assert len(names) == len(set(names)) == 14
@@ -57,6 +58,12 @@ def test_each_is_run_once_and_what_is_done_is_gathered(ran, tmp_path, capsys):
         "--thresholds 0.5 --reference control --task fwe --sequence-length 64 --limit 2048 --batch-size 2048 "
         "--task-option essays=e.txt"
     )
+
+
+def test_gpus_are_of_those_that_are_visible(ran, monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7")
+    evaluation_runs.main(arguments(tmp_path, "--gpus", "2", "--at-once", "2"))
+    assert {gpu for _, gpu, _ in ran} == {"3", "5"}
 
 
 def test_nothing_starts_past_the_time_limit(ran, tmp_path):
