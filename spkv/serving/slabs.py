@@ -69,14 +69,14 @@ class SlabCache:
         for (row, index, slabs), ids in zip(orders.grants, pieces, strict=True):
             self.slabs[row, index : index + len(slabs)] = ids
             if index == 0:
-                self.row_of_slab[slabs[0]] = row
+                self.row_of_slab[slabs[0]].fill_(row)
                 self.clear(row)
 
     def clear(self, row: int) -> None:
-        """Forget what a row holds."""
-        self.taken[row] = 0
-        self.seen[:, row] = 0
-        self.kept[:, row * self.kv_heads : (row + 1) * self.kv_heads] = 0
+        """Forget what a row holds; filled in place, since assigning a number to one element copies it from the host."""
+        self.taken[row].zero_()
+        self.seen[:, row].zero_()
+        self.kept[:, row * self.kv_heads : (row + 1) * self.kv_heads].zero_()
 
     def begin(self, first_slabs: Tensor) -> Step:
         """Begin a step of requests, told by their first slabs [B]."""
