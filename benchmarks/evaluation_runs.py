@@ -40,10 +40,11 @@ _LOSSES_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One `spkv eval`: the directory that it writes to, and its own arguments."""
+    """One `spkv eval`: the directory that it writes to, its own arguments, and the text that losses are of."""
 
     name: str
     arguments: tuple[str, ...]
+    text: str | None = None
 
 
 def evaluations(
@@ -59,7 +60,7 @@ def evaluations(
     for length in lengths:
         for name, file in texts.items():
             sizes = _sizes("nll", length, max(1, _TOKENS_FOR_LOSSES // length), _LOSSES_AT_ONCE)
-            yield Evaluation(f"{name}-{length}", (*sizes, "--data", str(file)))
+            yield Evaluation(f"{name}-{length}", (*sizes, "--data", str(file)), name)
     for length in lengths:
         needles, examples = _DEPTHS * _NEEDLES_AT_A_DEPTH, max(1, _TOKENS // length)
         yield Evaluation(f"niah-{length}", _sizes("niah", length, needles, needles))
@@ -157,7 +158,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         directory = options.output / one.name
         if (directory / RESULTS_FILE).is_file():
             about = {"model": options.name, "device": device, "commit": options.commit}
-            rows += evaluation.gather([directory], {**about, "command": command_of([*common, *one.arguments])})
+            found = evaluation.gather([directory], {**about, "command": command_of([*common, *one.arguments])})
+            rows += [{**row, "data": one.text} for row in found]
     summary = {"rows": evaluation.add(rows, options.json), "json": options.json.name, "evaluations": states}
     print(json.dumps(summary))
     if any(state.startswith("failed") for state in states.values()):

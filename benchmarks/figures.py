@@ -2,8 +2,8 @@
 
 python -m benchmarks.figures
 
-The figures of operators, generation, the frontier and the server are drawn once `benchmarks.run`, `benchmarks.recipes`
-and `benchmarks.serve` have left their rows there.
+The figures of operators, generation, the frontier, the server and evaluations are drawn once their benchmarks have left
+rows there.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from benchmarks.recipe_runs import frontier
 from spkv.checkpoint import SHIPPED_ADAPTERS
 from spkv.config import CONFIG_FILE
+from spkv.evals.tasks import GROUPS
 
 RESULTS = Path(__file__).parent / "results"
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
@@ -212,6 +213,50 @@ def serving_figure(result: dict[str, Any]) -> Figure:
     return figure
 
 
+def evaluation_figure(result: dict[str, Any]) -> Figure:
+    """Loss over the dense model of the tokens after a pruned context, and RULER's mean score, for each method.
+
+    `result` is what `benchmarks.evaluation_runs` writes.
+    """
+    rows = [row for row in result["rows"] if row["length"] is not None]
+    policies = list(dict.fromkeys(row["policy"] for row in rows if row["policy"] != "dense"))
+    lengths = sorted({row["length"] for row in rows})
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure.suptitle(f"{rows[0]['model']}: methods at equal memory", fontsize="medium")
+    losses, scores = figure.subplots(1, 2)
+    texts = list(dict.fromkeys((row["data"], row["length"]) for row in rows if row["task"] == "nll"))
+    for i, (name, length) in enumerate(texts):
+        own = {r["policy"]: r["continuation_loss"] for r in rows if (r["data"], r["length"]) == (name, length)}
+        places = [place + 0.8 * (i / len(texts) - 0.4) for place in range(len(policies))]
+        increases = [100 * (own[policy] / own["dense"] - 1) for policy in policies]
+        losses.bar(places, increases, 0.8 / len(texts), color=f"C{i}", label=f"{name}, {length:,} tokens")
+    losses.set_yscale("log")
+    losses.set_ylim(0.1, 200)
+    losses.yaxis.set_major_formatter("{x:g}")
+    losses.set_title("loss over dense, %", fontsize="small")
+    for i, length in enumerate(lengths):
+        means = {policy: _ruler_mean(rows, policy, length) for policy in ("dense", *policies)}
+        places = [place + 0.8 * (i / len(lengths) - 0.25) for place in range(len(policies))]
+        heights = [means[policy] for policy in policies]
+        colour = f"C{i + len(texts)}"
+        scores.bar(places, heights, 0.8 / len(lengths), color=colour, label=f"{length:,} tokens")
+        scores.axhline(means["dense"], color=colour, linewidth=1, linestyle="--")
+    scores.set_ylim(top=65)
+    scores.set_title("RULER, mean score of eleven tasks (lines: dense)", fontsize="small")
+    for axes in (losses, scores):
+        names = ["self-pruned" if policy == "spkv" else policy for policy in policies]
+        axes.set_xticks(range(len(policies)), names, rotation=35, ha="right", fontsize="small")
+        axes.legend(fontsize="x-small", ncols=2, loc="upper right")
+        axes.grid(axis="y", alpha=0.3)
+    return figure
+
+
+def _ruler_mean(rows: Sequence[dict[str, Any]], policy: str, length: int) -> float:
+    tasks = GROUPS["ruler_synthetic"]
+    own = [r["score"] for r in rows if r["task"] in tasks and (r["policy"], r["length"]) == (policy, length)]
+    return 100 * sum(own) / len(tasks)
+
+
 def _costs(rows: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]]:
     return [row["density"] for row in rows], [100 * row["increase"] for row in rows]
 
@@ -224,6 +269,7 @@ def main() -> None:
         ("generation", "generate", generation_figure),
         ("frontier", "frontier", frontier_figure),
         ("serving", "serve", serving_figure),
+        ("evaluation", "evaluation", evaluation_figure),
     ):
         path = RESULTS / f"{results}.json"
         if path.exists():

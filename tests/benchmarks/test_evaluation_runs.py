@@ -23,7 +23,8 @@ def ran(monkeypatch):
             raise subprocess.TimeoutExpired(command, timeout)
         if directory.name.startswith("vt"):
             return SimpleNamespace(returncode=1)
-        row = dict(task=directory.name, policy="dense", score=0.5, length=64, examples=2)
+        task = "nll" if directory.name.startswith("books") else directory.name
+        row = dict(task=task, policy="dense", score=0.5, length=64, examples=2)
         directory.mkdir()
         (directory / "results.json").write_text(json.dumps({"arguments": {"dtype": "float32"}, "rows": [row]}))
         return SimpleNamespace(returncode=0)
@@ -50,7 +51,8 @@ def test_each_is_run_once_and_what_is_done_is_gathered(ran, monkeypatch, tmp_pat
     assert states.pop("cwe-64") == "undone"
     assert set(states.values()) == {"done"}
     rows = json.loads((tmp_path / "f.json").read_text())["rows"]
-    assert {row["task"] for row in rows} == set(states)
+    assert {row["task"] for row in rows} == {"nll", *states} - {"books-64"}
+    assert {row["data"] for row in rows if row["task"] == "nll"} == {"books"}
     (fwe,) = (row for row in rows if row["task"] == "fwe-64")
     assert (fwe["model"], fwe["device"], fwe["commit"], fwe["dtype"]) == ("m", "a GPU", "c", "float32")
     assert fwe["command"] == (
@@ -63,7 +65,7 @@ def test_each_is_run_once_and_what_is_done_is_gathered(ran, monkeypatch, tmp_pat
 def test_gpus_are_of_those_that_are_visible(ran, monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7")
     evaluation_runs.main(arguments(tmp_path, "--gpus", "2", "--at-once", "2"))
-    assert {gpu for _, gpu, _ in ran} == {"3", "5"}
+    assert {gpu for _, gpu, _ in ran} <= {"3", "5"}
 
 
 def test_nothing_starts_past_the_time_limit(ran, tmp_path):
