@@ -121,10 +121,10 @@ class Step:
         """
         packed = self.layer(layer, requests)
         # What can count pages can take them.
-        if query.shape[2] == 1 and limits.count_pages({"packed": packed}) is None:
+        if limits.count_pages({"packed": packed}) is None:
             from spkv.ops.triton.slabs import take_pages
 
-            take_pages(packed, self.slabs[requests], self.taken[requests], self.cache.per_slab)
+            take_pages(packed, keep, self.slabs[requests], self.taken[requests], self.cache.per_slab)
         else:
             self._take_pages(requests, packed, keep)
         out = None

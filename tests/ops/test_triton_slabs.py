@@ -22,7 +22,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 
 @settings(max_examples=30)
 @given(data=st.data())
-def test_one_token_takes_the_pages_that_the_cache_would_take(data):
+def test_tokens_take_the_pages_that_the_cache_would_take(data):
     layers, heads, P = (
         data.draw(st.integers(1, 2)),
         data.draw(st.integers(1, 5)),
@@ -31,9 +31,9 @@ def test_one_token_takes_the_pages_that_the_cache_would_take(data):
     window, slab_tokens = data.draw(st.integers(1, 40)), P * data.draw(st.integers(1, 3))
     torch.manual_seed(data.draw(st.integers(0, 999)))
     per_slab, rows = layers * heads * (slab_tokens // P), 3
-    pool = torch.zeros(400 * per_slab, 2, P, 4, device=DEVICE)
-    cache = SlabCache(pool, layers, heads, window, slab_tokens, rows, max_tokens=90)
-    slabs = 1 + torch.randperm(399)[: rows * cache.slabs.shape[1]]  # the first is the null slab
+    pool = torch.zeros(1400 * per_slab, 2, P, 4, device=DEVICE)
+    cache = SlabCache(pool, layers, heads, window, slab_tokens, rows, max_tokens=400)
+    slabs = 1 + torch.randperm(1399)[: rows * cache.slabs.shape[1]]  # the first is the null slab
     cache.slabs[:rows] = slabs.view(rows, -1).to(cache.slabs)
     cache.row_of_slab[cache.slabs[:rows, 0].long()] = torch.arange(rows, dtype=torch.int32, device=DEVICE)
     cache.seen[:, :rows] = torch.tensor([data.draw(st.sampled_from([0, 1, 16, 40, 80])) for _ in range(rows)])
@@ -43,10 +43,11 @@ def test_one_token_takes_the_pages_that_the_cache_would_take(data):
     order = torch.randperm(rows).to(DEVICE)
     twin = copy.deepcopy(cache)
     steps = [one.begin(cache.slabs[order, 0]) for one in (cache, twin)]
-    keep = torch.zeros(rows, heads, 1, dtype=torch.bool, device=DEVICE)
+    tokens = data.draw(st.sampled_from([1, 2, 40, 41, 300]))
+    keep = (torch.rand(rows, tokens, heads, device=DEVICE) < 0.5).transpose(1, 2)
     requests, layer = slice(0, rows), layers - 1
     packed = [step.layer(layer, requests) for step in steps]
-    take_pages(packed[0], steps[0].slabs, steps[0].taken, cache.per_slab)
+    take_pages(packed[0], keep, steps[0].slabs, steps[0].taken, cache.per_slab)
     steps[1]._take_pages(requests, packed[1], keep)
     assert torch.equal(steps[0].taken, steps[1].taken)
     # The last column belongs to nobody.
