@@ -52,11 +52,11 @@ from spkv.hf.graph import DecodeLoop
 
 Row = dict[str, Any]
 
-_SHAPE_8B = LlamaConfig(
+SHAPE_8B = LlamaConfig(
     vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32,
     num_key_value_heads=8, head_dim=128, max_position_embeddings=262_144, rope_theta=500_000.0,
 )  # fmt: skip
-_QUICK_SHAPE = LlamaConfig(
+QUICK_SHAPE = LlamaConfig(
     vocab_size=8192, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=16,
     num_key_value_heads=8, head_dim=128, max_position_embeddings=262_144,
 )  # fmt: skip
@@ -101,7 +101,7 @@ def line(row: Row) -> str:
 def _random(options: argparse.Namespace, copy_rate: float) -> Iterator[Row]:
     """The 8B shape with random weights and every density."""
     quick = options.quick
-    model = _random_model(_QUICK_SHAPE if quick else _SHAPE_8B)
+    model = _random_model(QUICK_SHAPE if quick else SHAPE_8B)
     name = "quick shape" if quick else "Llama-3.1-8B shape"
     lengths = (2048,) if quick else options.lengths
     iso_length = 2048 if quick else 32_768

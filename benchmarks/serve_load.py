@@ -158,8 +158,8 @@ def summarise(replies: Sequence[Reply], samples: Sequence[dict[str, float]]) -> 
     return {
         "seconds": seconds,
         "tokens_per_second": sum(len(reply.tokens) for reply in replies) / seconds,
-        **_spread("ttft_ms", [1e3 * reply.seconds_to_first_token for reply in replies]),
-        **_spread("tpot_ms", [1e3 * reply.seconds_per_later_token for reply in replies]),
+        **spread("ttft_ms", [1e3 * reply.seconds_to_first_token for reply in replies]),
+        **spread("tpot_ms", [1e3 * reply.seconds_per_later_token for reply in replies]),
         **{
             f"{name}_{kind}": float(of([sample[name] for sample in between]))
             for name in ("in_flight", "waiting", "kv_use")
@@ -169,6 +169,7 @@ def summarise(replies: Sequence[Reply], samples: Sequence[dict[str, float]]) -> 
     }
 
 
-def _spread(name: str, values: Sequence[float]) -> dict[str, float]:
+def spread(name: str, values: Sequence[float]) -> dict[str, float]:
+    """Median and 90th percentile, under the names that rows have for them."""
     median, high = np.percentile(values, (50, 90))
     return {f"{name}_median": float(median), f"{name}_p90": float(high)}
