@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,7 +36,8 @@ LENGTHS = (4096, 8192)
 # Of each kind of task at each length: losses take more text, since other methods' are of its last tokens alone.
 _TOKENS, _TOKENS_FOR_LOSSES = 2**17, 2**19
 _DEPTHS, _NEEDLES_AT_A_DEPTH = 11, 3
-_LOSSES_AT_ONCE = 16
+_LOSS_BATCH = 16
+_STAMP = "run.json"
 
 
 @dataclass(frozen=True)
@@ -59,19 +61,19 @@ def evaluations(
     """
     for length in lengths:
         for name, file in texts.items():
-            sizes = _sizes("nll", length, max(1, _TOKENS_FOR_LOSSES // length), _LOSSES_AT_ONCE)
-            yield Evaluation(f"{name}-{length}", (*sizes, "--data", str(file)), name)
+            of_text = _task_arguments("nll", length, max(1, _TOKENS_FOR_LOSSES // length), _LOSS_BATCH)
+            yield Evaluation(f"{name}-{length}", (*of_text, "--data", str(file)), name)
     for length in lengths:
         needles, examples = _DEPTHS * _NEEDLES_AT_A_DEPTH, max(1, _TOKENS // length)
-        yield Evaluation(f"niah-{length}", _sizes("niah", length, needles, needles))
-        yield Evaluation(f"turns-{length}", _sizes("turns", length, examples, examples))
+        yield Evaluation(f"niah-{length}", _task_arguments("niah", length, needles, needles))
+        yield Evaluation(f"turns-{length}", _task_arguments("turns", length, examples, examples))
         haystack = () if essays is None else ("--task-option", f"essays={essays}")
         for task in GROUPS["ruler_synthetic"]:
-            yield Evaluation(f"{task}-{length}", (*_sizes(task, length, examples, examples), *haystack))
+            yield Evaluation(f"{task}-{length}", (*_task_arguments(task, length, examples, examples), *haystack))
 
 
-def _sizes(task: str, length: int, examples: int, at_once: int) -> tuple[str, ...]:
-    given = {"--task": task, "--sequence-length": length, "--limit": examples, "--batch-size": at_once}
+def _task_arguments(task: str, length: int, examples: int, batch_size: int) -> tuple[str, ...]:
+    given = {"--task": task, "--sequence-length": length, "--limit": examples, "--batch-size": batch_size}
     return tuple(str(part) for option in given.items() for part in option)
 
 
@@ -100,14 +102,16 @@ class Pool:
         workers = [threading.Thread(target=self._work, args=(gpu, threads)) for gpu in places]
         for worker in workers:
             worker.start()
-        for worker in workers:
-            worker.join()
+        try:
+            for worker in workers:
+                worker.join()
+        except BaseException:
+            self.deadline = 0.0  # interrupted: nothing else is to start
+            raise
         return self.states
 
     def _work(self, gpu: str | None, threads: int) -> None:
-        environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
-        if gpu is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = gpu
+        environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "CUDA_VISIBLE_DEVICES": gpu or ""}
         while time.monotonic() < self.deadline:
             try:
                 one = self._waiting.get_nowait()
@@ -141,8 +145,7 @@ def command_of(arguments: Sequence[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, `UNFINISHED`, or 1 where a run failed."""
     options = _parse(argv)
-    texts = dict(options.text)
-    waiting = list(evaluations(texts, options.essays, options.lengths))
+    waiting = list(evaluations(dict(options.text), options.essays, options.lengths))
     policies = [*options.policies, *([f"twin={options.twin}"] if options.twin else [])]
     common = [str(options.model), "--policies", ",".join(policies), "--thresholds", options.thresholds]
     if options.reference is not None:
@@ -150,6 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.dtype is not None:
         common += ["--dtype", options.dtype]
     options.output.mkdir(parents=True, exist_ok=True)
+    _check_same(options.output / _STAMP, {"commit": options.commit, "arguments": common})
     pool = Pool(waiting, common, options.output, time.monotonic() + min(options.time_limit, threading.TIMEOUT_MAX))
     states = pool.run(options.gpus, options.at_once)
     device = torch.cuda.get_device_name() if options.gpus else "CPU"
@@ -165,6 +169,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any(state.startswith("failed") for state in states.values()):
         return 1
     return 0 if all(state == "done" for state in states.values()) else UNFINISHED
+
+
+def _check_same(stamp: Path, run: dict[str, Any]) -> None:
+    """Raise a ValueError if another commit or command has measured what is there: its rows would be taken for ours."""
+    if not stamp.exists():
+        stamp.write_text(json.dumps(run) + "\n", encoding="utf-8")
+    elif (before := json.loads(stamp.read_text(encoding="utf-8"))) != run:
+        raise ValueError(f"{stamp.parent} holds what was measured by {before}, not by {run}; choose another --output")
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -189,12 +201,17 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--time-limit", type=float, default=float("inf"), metavar="SECONDS")
     parser.add_argument("--output", type=Path, required=True, help="directory for what is measured, and logs")
     parser.add_argument("--json", type=Path, required=True, help="file for the rows")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.at_once < 1:
+        parser.error(f"--at-once must be at least 1, not {options.at_once}")
+    if len(dict(options.text)) < len(options.text):
+        parser.error("two --text have one name")
+    return options
 
 
 def named_file(text: str) -> tuple[str, Path]:
     name, equals, path = text.partition("=")
-    if not equals:
+    if not equals or not name or "/" in name:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE")
     return name, Path(path)
 

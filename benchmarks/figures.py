@@ -24,6 +24,15 @@ from spkv.evals.tasks import GROUPS
 RESULTS = Path(__file__).parent / "results"
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 THRESHOLD = 0.5
+_METHODS = {
+    "spkv": "self-pruned",
+    "h2o": "H2O",
+    "expected-attention": "ExpectedAttention",
+    "snapkv": "SnapKV",
+    "tova": "TOVA",
+    "keydiff": "KeyDiff",
+}
+_TEXTS = {"valid": "held-out text"}
 PUBLISHED = ((0.2572, 0.08, "τ 0.5"), (0.1144, 0.46, "τ 0.7"))
 """Density, increase of the loss in percent, and threshold (SP-KV, arXiv 2605.14037, 8.1B parameters)."""
 
@@ -214,47 +223,61 @@ def serving_figure(result: dict[str, Any]) -> Figure:
 
 
 def evaluation_figure(result: dict[str, Any]) -> Figure:
-    """Loss over the dense model of the tokens after a pruned context, and RULER's mean score, for each method.
+    """Loss over the dense model of the tokens after a context, and RULER's mean score, for each method.
 
-    `result` is what `benchmarks.evaluation_runs` writes.
+    `result` is what `benchmarks.evaluation_runs` writes. Of the first model in it, at the usual threshold; methods that
+    are not done everywhere are left out.
     """
-    rows = [row for row in result["rows"] if row["length"] is not None]
-    policies = list(dict.fromkeys(row["policy"] for row in rows if row["policy"] != "dense"))
-    lengths = sorted({row["length"] for row in rows})
+    model = result["rows"][0]["model"]
+    rows = [r for r in result["rows"] if r["model"] == model and r["threshold"] in (None, THRESHOLD)]
+    losses, scores = _losses_and_ruler_means(rows)
+    done = set.intersection(*(set(one) for one in (*losses.values(), *scores.values())))
+    policies = [policy for policy in dict.fromkeys(r["policy"] for r in rows) if policy in done - {"dense"}]
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    figure.suptitle(f"{rows[0]['model']}: methods at equal memory", fontsize="medium")
-    losses, scores = figure.subplots(1, 2)
-    texts = list(dict.fromkeys((row["data"], row["length"]) for row in rows if row["task"] == "nll"))
-    for i, (name, length) in enumerate(texts):
-        own = {r["policy"]: r["continuation_loss"] for r in rows if (r["data"], r["length"]) == (name, length)}
-        places = [place + 0.8 * (i / len(texts) - 0.4) for place in range(len(policies))]
+    figure.suptitle(f"{model}: methods at equal memory (streaming holds sinks and window alone)", fontsize="medium")
+    left, right = figure.subplots(1, 2)
+    for i, (name, own) in enumerate(losses.items()):
+        places = [place + 0.8 * (i / len(losses) - 0.4) for place in range(len(policies))]
         increases = [100 * (own[policy] / own["dense"] - 1) for policy in policies]
-        losses.bar(places, increases, 0.8 / len(texts), color=f"C{i}", label=f"{name}, {length:,} tokens")
-    losses.set_yscale("log")
-    losses.set_ylim(0.1, 200)
-    losses.yaxis.set_major_formatter("{x:g}")
-    losses.set_title("loss over dense, %", fontsize="small")
-    for i, length in enumerate(lengths):
-        means = {policy: _ruler_mean(rows, policy, length) for policy in ("dense", *policies)}
-        places = [place + 0.8 * (i / len(lengths) - 0.25) for place in range(len(policies))]
-        heights = [means[policy] for policy in policies]
-        colour = f"C{i + len(texts)}"
-        scores.bar(places, heights, 0.8 / len(lengths), color=colour, label=f"{length:,} tokens")
-        scores.axhline(means["dense"], color=colour, linewidth=1, linestyle="--")
-    scores.set_ylim(top=65)
-    scores.set_title("RULER, mean score of eleven tasks (lines: dense)", fontsize="small")
-    for axes in (losses, scores):
-        names = ["self-pruned" if policy == "spkv" else policy for policy in policies]
+        left.bar(places, increases, 0.8 / len(losses), color=f"C{i}", label=name)
+    # Straight near 0, where a method may gain, and logarithmic beyond; above, room for the legend.
+    left.set_yscale("symlog", linthresh=0.1)
+    left.set_ylim(top=10 * left.get_ylim()[1])
+    left.yaxis.set_major_formatter("{x:g}")
+    left.set_title("loss of the 128 tokens after a context, over dense, %", fontsize="small")
+    for i, (name, own) in enumerate(scores.items()):
+        colour = f"C{i + len(losses)}"
+        places = [place + 0.8 * (i / len(scores) - 0.25) for place in range(len(policies))]
+        right.bar(places, [own[policy] for policy in policies], 0.8 / len(scores), color=colour, label=name)
+        right.axhline(own["dense"], color=colour, linewidth=1, linestyle="--")
+    right.set_ylim(top=1.2 * right.get_ylim()[1])
+    right.set_title("RULER, mean score of eleven tasks (lines: dense)", fontsize="small")
+    for axes in (left, right):
+        names = [_METHODS.get(policy, policy) for policy in policies]
         axes.set_xticks(range(len(policies)), names, rotation=35, ha="right", fontsize="small")
         axes.legend(fontsize="x-small", ncols=2, loc="upper right")
         axes.grid(axis="y", alpha=0.3)
     return figure
 
 
-def _ruler_mean(rows: Sequence[dict[str, Any]], policy: str, length: int) -> float:
-    tasks = GROUPS["ruler_synthetic"]
-    own = [r["score"] for r in rows if r["task"] in tasks and (r["policy"], r["length"]) == (policy, length)]
-    return 100 * sum(own) / len(tasks)
+def _losses_and_ruler_means(
+    rows: Sequence[dict[str, Any]],
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+    """By text and length, and by length: of each policy. A mean is of all tasks, or not there."""
+    losses: dict[str, dict[str, float]] = {}
+    scores: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        if row["task"] == "nll":
+            name = f"{_TEXTS.get(row['data'], row['data'])}, {row['length']:,} tokens"
+            losses.setdefault(name, {})[row["policy"]] = row["continuation_loss"]
+        elif row["task"] in GROUPS["ruler_synthetic"]:
+            scores.setdefault(f"{row['length']:,} tokens", {}).setdefault(row["policy"], []).append(row["score"])
+    tasks = len(GROUPS["ruler_synthetic"])
+    means = {
+        length: {policy: 100 * sum(own) / tasks for policy, own in policies.items() if len(own) == tasks}
+        for length, policies in scores.items()
+    }
+    return losses, means
 
 
 def _costs(rows: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]]:

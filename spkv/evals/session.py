@@ -83,7 +83,8 @@ class Session:
         T = max(map(len, texts))
         ids = torch.tensor([[0] * (T - len(text)) + list(text) for text in texts], device=self.model.device)
         valid = torch.tensor([[False] * (T - len(text)) + [True] * len(text) for text in texts], device=ids.device)
-        previous, pieces = self._logits, []
+        before = previous = self._logits
+        pieces = []
         for start in range(0, T, self.chunk_size):
             chunk, real = ids[:, start : start + self.chunk_size], valid[:, start : start + self.chunk_size]
             logits = self._forward(chunk, real, keep_logits=losses)
@@ -93,8 +94,14 @@ class Session:
         self._logits = logits[:, -1]
         if not losses:
             return []
-        joined = torch.cat(pieces, dim=1).cpu()
+        joined = torch.cat(pieces, dim=1)
         first = joined.shape[1] < T  # nothing stands before the first column
+        if before is not None:
+            # What stands before a shorter piece is not its padding.
+            begins = torch.tensor([T - len(text) for text in texts], device=ids.device)[:, None]
+            opening = F.cross_entropy(before.float(), ids.gather(1, begins)[:, 0], reduction="none")
+            joined.scatter_(1, begins, opening[:, None])
+        joined = joined.cpu()
         return [row[T - len(text) :][: len(text) - first] for row, text in zip(joined, texts, strict=True)]
 
     @torch.no_grad()

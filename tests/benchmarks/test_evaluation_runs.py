@@ -71,9 +71,20 @@ def test_gpus_are_of_those_that_are_visible(ran, monkeypatch, tmp_path):
 def test_nothing_starts_past_the_time_limit(ran, tmp_path):
     assert evaluation_runs.main(arguments(tmp_path, "--gpus", "0", "--time-limit", "0")) == UNFINISHED
     assert ran == []
+    evaluation_runs.main(arguments(tmp_path, "--gpus", "0"))
+    assert {gpu for _, gpu, _ in ran} == {""}  # none is visible
+
+
+def test_rows_of_another_commit_are_not_taken_for_its_own(ran, tmp_path):
+    evaluation_runs.main(arguments(tmp_path, "--gpus", "0", "--time-limit", "0"))
+    with pytest.raises(ValueError, match=r"holds what was measured by .*'commit': 'c'.*choose another --output"):
+        evaluation_runs.main(arguments(tmp_path, "--gpus", "0", "--commit", "d"))
 
 
 def test_a_text_needs_a_name(tmp_path, capsys):
     with pytest.raises(SystemExit):
         evaluation_runs.main(arguments(tmp_path, "--text", "books.txt"))
     assert "'books.txt' is not NAME=FILE" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        evaluation_runs.main(arguments(tmp_path, "--text", "books=other.txt"))
+    assert "two --text have one name" in capsys.readouterr().err

@@ -91,16 +91,19 @@ class TestPresses:
     @pytest.mark.parametrize("press", PRESSES)
     def test_texts_of_a_batch_are_pruned_and_asked_as_each_by_itself(self, words_model, press):
         texts = [torch.randint(0, 256, (length,)).tolist() for length in (100, 70, 90)]
-        prompts = [[[1, 2, 3], [4, 5]], [[6], [7, 8, 9]], [[10, 11], [12]]]
+        prompts, follow = [[1, 2, 3], [6], [10, 11]], [[4, 5, 6, 7], [7, 8], [12, 13, 14]]
         with spkv.dense(words_model):
             together = Session(words_model)
             together.read(texts, press=pressing(press, words_model, 0.4))
-            answers = [together.answer([turns[turn] for turns in prompts], 6) for turn in range(2)]
+            losses = together.read(follow, losses=True)
+            answers = together.answer(prompts, 6)
             for place, text in enumerate(texts):
                 alone = Session(words_model)
                 alone.read([text], press=pressing(press, words_model, 0.4))
-                for turn in range(2):
-                    assert alone.answer([prompts[place][turn]], 6) == [answers[turn][place]]
+                (expected,) = alone.read([follow[place]], losses=True)
+                torch.testing.assert_close(losses[place], expected, rtol=1e-4, atol=1e-5)
+                assert len(expected) == len(follow[place])  # the first token's, too
+                assert alone.answer([prompts[place]], 6) == [answers[place]]
                 assert alone.sizes()[0].kept_fraction == together.sizes()[place].kept_fraction
                 assert alone.lengths == [together.lengths[place]]
 

@@ -28,15 +28,15 @@ def test_tokens_take_the_pages_that_the_cache_would_take(data):
         data.draw(st.integers(1, 5)),
         data.draw(st.sampled_from([1, 4, 16])),
     )
-    window, slab_tokens = data.draw(st.integers(1, 40)), P * data.draw(st.integers(1, 3))
+    window, slab_tokens = data.draw(st.sampled_from([1, 7, 40, 257, 300])), P * data.draw(st.integers(1, 3))
     torch.manual_seed(data.draw(st.integers(0, 999)))
     per_slab, rows = layers * heads * (slab_tokens // P), 3
-    pool = torch.zeros(1400 * per_slab, 2, P, 4, device=DEVICE)
-    cache = SlabCache(pool, layers, heads, window, slab_tokens, rows, max_tokens=400)
-    slabs = 1 + torch.randperm(1399)[: rows * cache.slabs.shape[1]]  # the first is the null slab
+    pool = torch.zeros(2800 * per_slab, 2, P, 4, device=DEVICE)
+    cache = SlabCache(pool, layers, heads, window, slab_tokens, rows, max_tokens=600)
+    slabs = 1 + torch.randperm(2799)[: rows * cache.slabs.shape[1]]  # the first is the null slab
     cache.slabs[:rows] = slabs.view(rows, -1).to(cache.slabs)
     cache.row_of_slab[cache.slabs[:rows, 0].long()] = torch.arange(rows, dtype=torch.int32, device=DEVICE)
-    cache.seen[:, :rows] = torch.tensor([data.draw(st.sampled_from([0, 1, 16, 40, 80])) for _ in range(rows)])
+    cache.seen[:, :rows] = torch.tensor([data.draw(st.sampled_from([0, 1, 16, 40, 257, 299])) for _ in range(rows)])
     cache.kept[:] = torch.randint(0, 20, cache.kept.shape)
     cache.taken[:rows] = torch.randint(0, 2 * per_slab, (rows,))
     cache.ring_keep[:] = torch.rand(cache.ring_keep.shape) < 0.5

@@ -51,15 +51,17 @@ def test_two_processes_compute_what_one_does(
     options |= dict(output=str(tmp_path / "two"), recipe=recipe.to_dict(), batch_size=1)
     root = str(Path(__file__).parents[2])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([root, *sys.path])}
-    started = [
-        subprocess.Popen(
-            [*command, str(script), json.dumps(options)], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for command in launched(nodes)
-    ]
-    for process in started:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-4000:]
+    logs = [tmp_path / f"node-{rank}.log" for rank in range(nodes)]
+    started = []
+    try:
+        for command, log in zip(launched(nodes), logs, strict=True):
+            arguments = [*command, str(script), json.dumps(options)]
+            started.append(subprocess.Popen(arguments, env=environment, stderr=log.open("w")))
+        for process, log in zip(started, logs, strict=True):
+            assert process.wait(timeout=300) == 0, log.read_text()[-4000:]
+    finally:
+        for process in started:
+            process.kill()
 
     draws = {file.read_text() for file in (tmp_path / "two").glob("next-draw-*")}
     assert len(draws) == 2, "noise on gates must differ between processes"
