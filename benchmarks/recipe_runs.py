@@ -245,6 +245,36 @@ def known_controls() -> dict[str, Run]:
     return {control.name: control for control in map(control_of, known_runs().values())}
 
 
+def find_run(name: str) -> Run:
+    """Return a known run or control; further words of a name change its recipe, as in "20M-d0.2 window=32".
+
+    Raises:
+        ValueError: if there is none, or a word is not of the form FIELD=VALUE.
+    """
+    known = known_controls() | known_runs()
+    if name in known:
+        return known[name]
+    base, *settings = name.split()
+    if base not in known:
+        raise ValueError(f"unknown run {base!r}; --suite NAME --list shows those of a suite")
+    return known[base].with_changes(dict(map(parse_setting, settings)))
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """Parse FIELD=VALUE; the value is JSON, True, False, or else a string.
+
+    Raises:
+        ValueError: if the form is another.
+    """
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"{text!r} is not of the form FIELD=VALUE")
+    try:
+        return name, json.loads(value.lower() if value in ("True", "False") else value)
+    except json.JSONDecodeError:
+        return name, value
+
+
 def _full(budget: int, target: float) -> Run:
     return Run(f"{budget}M-d{target:g}", get_recipe("fast", tokens=budget * 10**6, target_density=target))
 

@@ -1,7 +1,7 @@
 """Trains named runs one after another and measures what each costs at each density, against its dense control.
 
     python -m benchmarks.recipes --suite frontier --data train.npz --validation valid.npz --output runs --json FILE
-    python -m benchmarks.recipes --runs 20M-d0.2 --set initial_bias=1 --data ... --time-limit 570
+    python -m benchmarks.recipes --runs "20M-d0.2 initial_bias=1" 20M-d0.1 --data ... --time-limit 570
 
 The same command goes on where it was stopped, whether by its time limit or from outside: finished runs are skipped,
 unfinished ones resume. Rows are added to those that FILE holds; `--merge` adds those of other files. Exit code 3 says
@@ -36,7 +36,7 @@ from transformers.utils.logging import disable_progress_bar
 import spkv
 from benchmarks.losses import measure
 from benchmarks.recipe_results import Results
-from benchmarks.recipe_runs import SUITES, Run, control_of, known_controls, known_runs, with_controls
+from benchmarks.recipe_runs import SUITES, Run, control_of, find_run, parse_setting, with_controls
 from benchmarks.run import environment
 from spkv.checkpoint import load_base, resolve_model
 from spkv.gates import HardGate, LayoutGate, OpenGate, RandomGate, SinkGate, ThresholdGate
@@ -279,8 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _chosen(options: argparse.Namespace) -> Iterator[Run]:
-    known = known_controls() | known_runs()
-    chosen = [run for name in options.suite for run in SUITES[name]()] + [known[name] for name in options.runs]
+    chosen = [run for name in options.suite for run in SUITES[name]()] + list(map(find_run, options.runs))
     changed = [run.with_changes(dict(options.set)) for run in chosen]
     # Runs that differ in their gates alone have one twin with a layout.
     changed += dict.fromkeys(run.with_layout(directory) for run in changed for directory in options.layouts)
@@ -292,7 +291,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks.recipes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--suite", choices=sorted(SUITES), action="append", default=[])
-    parser.add_argument("--runs", nargs="+", default=[], metavar="NAME", help="of a suite, or a recipe's")
+    parser.add_argument(
+        "--runs", nargs="+", default=[], metavar="NAME", help="of a suite, or a recipe's; also 'NAME FIELD=VALUE'"
+    )
     parser.add_argument("--alone", action="store_true", help="without controls, whose rows must be there already")
     parser.add_argument(
         "--set",
@@ -331,8 +332,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--time-limit", type=float, default=float("inf"), metavar="SECONDS", help="stop cleanly then")
     parser.add_argument("--commit", help="to record; default: what git says")
     options = parser.parse_args(argv)
-    if unknown := sorted(set(options.runs) - {*known_runs(), *known_controls()}):
-        parser.error(f"unknown runs: {', '.join(unknown)}; --suite NAME --list shows those of a suite")
+    for name in options.runs:
+        try:
+            find_run(name)
+        except ValueError as error:
+            parser.error(str(error))
     if options.list:
         print(*(run.name for run in _chosen(options)), sep="\n")
         parser.exit()
@@ -346,14 +350,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def setting(text: str) -> tuple[str, Any]:
-    """Parse FIELD=VALUE; the value is JSON, or else a string."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form FIELD=VALUE")
+    """`parse_setting` for argparse."""
     try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
+        return parse_setting(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 if __name__ == "__main__":

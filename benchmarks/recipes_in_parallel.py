@@ -2,9 +2,10 @@
 
     python -m benchmarks.recipes_in_parallel --gpus 4 --suite frontier --data ... --json FILE --time-limit 1500
 
-Takes the options of `benchmarks.recipes`. Controls come first, and a run is measured once its control is there; of
-those that can start, the longest does. Every run writes a file of its own beside FILE, and FILE has the rows of all
-that are finished. The same command goes on where it was stopped.
+Takes the options of `benchmarks.recipes`, and several seeds. Controls come first, and a run is measured once its
+control is there; of those that can start, the longest does. With `--at-once 2` a GPU has two runs, so that one computes
+while the other starts or is measured; tokens a second are then no measurement. Every run writes a file of its own
+beside FILE, and FILE has the rows of all that are finished. The same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -20,16 +21,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.recipe_runs import SUITES, Run, control_of, known_controls, known_runs, with_controls
+from benchmarks.recipe_runs import SUITES, Run, control_of, find_run, with_controls
 from benchmarks.recipes import UNFINISHED
 
 
 @dataclass
 class Job:
-    """A run, and how it stands: "waiting", "running", "done", or how it failed."""
+    """A run with a seed, and how it stands: "waiting", "running", "done", or how it failed."""
 
     run: Run
+    seed: int
     state: str = "waiting"
+
+    @property
+    def name(self) -> str:
+        return f"{self.run.name}-seed{self.seed}"
 
 
 class Fleet:
@@ -37,17 +43,20 @@ class Fleet:
 
     Args:
         runs: with their controls.
-        arguments: for `benchmarks.recipes`, without runs and FILE.
+        seeds: each run is trained with each.
+        arguments: for `benchmarks.recipes`, without runs, seeds and FILE.
         json_file: FILE.
         deadline: `time.monotonic()` at which to stop.
     """
 
-    def __init__(self, runs: Sequence[Run], arguments: list[str], json_file: Path, deadline: float):
-        self.jobs = {run.name: Job(run) for run in runs}
+    def __init__(
+        self, runs: Sequence[Run], seeds: Sequence[int], arguments: list[str], json_file: Path, deadline: float
+    ):
+        self.jobs = {(run.name, seed): Job(run, seed) for seed in seeds for run in runs}
         self.arguments, self.json_file, self.deadline = arguments, json_file, deadline
         self.changed = threading.Condition()
 
-    def work(self, gpu: int) -> None:
+    def work(self, gpu: str) -> None:
         """Run one job after another on a GPU, until there is none left or the time is up."""
         while (job := self._next()) is not None:
             try:
@@ -56,7 +65,7 @@ class Fleet:
                 state = f"failed: {error}"
             with self.changed:
                 job.state = state
-                print(f"GPU {gpu}: {job.run.name}: {state}", file=sys.stderr, flush=True)
+                print(f"GPU {gpu}: {job.name}: {state}", file=sys.stderr, flush=True)
                 self.changed.notify_all()
 
     def merge(self) -> None:
@@ -83,25 +92,25 @@ class Fleet:
         return control is job or control.state in ("running", "done")
 
     def _control(self, job: Job) -> Job:
-        return self.jobs[control_of(job.run).name]
+        return self.jobs[control_of(job.run).name, job.seed]
 
-    def _run(self, job: Job, gpu: int) -> str:
+    def _run(self, job: Job, gpu: str) -> str:
         """Train and measure; where the control is still running, train first and wait for it then."""
         control = self._control(job)
         if control is not job and control.state != "done":
-            if (state := self._recipes(job.run, gpu, ["--train-only"])) != "done":
+            if (state := self._recipes(job, gpu, ["--train-only"])) != "done":
                 return state
             with self.changed:
                 self.changed.wait_for(lambda: control.state != "running", timeout=self._left())
             if control.state != "done":
                 return "unfinished"
-        return self._recipes(job.run, gpu, [] if control is job else ["--merge", str(self._file(control))])
+        return self._recipes(job, gpu, [] if control is job else ["--merge", str(self._file(control))])
 
-    def _recipes(self, run: Run, gpu: int, options: list[str]) -> str:
-        own = self._file(self.jobs[run.name])
-        command = [sys.executable, "-m", "benchmarks.recipes", "--runs", run.name, "--alone", "--json", str(own)]
-        command += [*self.arguments, *options, "--time-limit", f"{self._left():.0f}"]
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
+    def _recipes(self, job: Job, gpu: str, options: list[str]) -> str:
+        own = self._file(job)
+        command = [sys.executable, "-m", "benchmarks.recipes", "--runs", job.run.name, "--seed", str(job.seed)]
+        command += ["--alone", "--json", str(own), *self.arguments, *options, "--time-limit", f"{self._left():.0f}"]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
         with own.with_suffix(".log").open("a") as log:
             code = subprocess.run(command, env=environment, stdout=log, stderr=log).returncode
         return {0: "done", UNFINISHED: "unfinished"}.get(code, f"failed with exit code {code}, see {own.stem}.log")
@@ -110,7 +119,7 @@ class Fleet:
         return max(1.0, self.deadline - time.monotonic())
 
     def _file(self, job: Job) -> Path:
-        return self.json_file.with_name(f"{self.json_file.stem}-{job.run.name.replace('/', '_')}.json")
+        return self.json_file.with_name(f"{self.json_file.stem}-{job.name.replace('/', '_')}.json")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -120,29 +129,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--gpus", type=int, required=True)
+    parser.add_argument("--gpus", type=int, required=True, help="the first of those that CUDA_VISIBLE_DEVICES names")
+    parser.add_argument("--at-once", type=int, default=1, help="runs that a GPU has at a time")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--suite", choices=sorted(SUITES), action="append", default=[])
     parser.add_argument("--runs", nargs="+", default=[], metavar="NAME")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--time-limit", type=float, default=float("inf"), metavar="SECONDS")
     options, arguments = parser.parse_known_args(argv)
     if "--set" in arguments:
-        parser.error("--set changes the names of runs; give it to benchmarks.recipes")
+        parser.error("--set changes the names of runs; say --runs 'NAME FIELD=VALUE'")
     if "--layouts" in arguments:
         parser.error("--layouts adds runs; give it to benchmarks.recipes")
-    known = known_controls() | known_runs()
-    if unknown := sorted(set(options.runs) - known.keys()):
-        parser.error(f"unknown runs: {', '.join(unknown)}")
-    runs = [run for name in options.suite for run in SUITES[name]()] + [known[name] for name in options.runs]
+    try:
+        runs = [run for name in options.suite for run in SUITES[name]()] + list(map(find_run, options.runs))
+    except ValueError as error:
+        parser.error(str(error))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(options.gpus)))).split(",")
+    if not 1 <= options.gpus <= len(visible) or options.at_once < 1:
+        parser.error(f"--gpus must be 1 to {len(visible)}, those that are visible, and --at-once at least 1")
     deadline = time.monotonic() + min(options.time_limit, threading.TIMEOUT_MAX)
-    fleet = Fleet(list(with_controls(runs)), arguments, options.json, deadline)
-    workers = [threading.Thread(target=fleet.work, args=(gpu,)) for gpu in range(options.gpus)]
+    fleet = Fleet(list(with_controls(runs)), options.seeds, arguments, options.json, deadline)
+    workers = [threading.Thread(target=fleet.work, args=(gpu,)) for gpu in visible[: options.gpus] * options.at_once]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
     fleet.merge()
-    states = {name: job.state for name, job in fleet.jobs.items()}
+    states = {job.name: job.state for job in fleet.jobs.values()}
     print(json.dumps({"runs": states, "json": options.json.name}))
     if any(state.startswith("failed") for state in states.values()):
         return 1

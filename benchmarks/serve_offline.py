@@ -3,9 +3,10 @@
     python -m benchmarks.serve_offline --json benchmarks/results/serve-offline.json
 
 Weights are random, and predictors set so that each head keeps the share `--density` of a random text; what is kept is
-read back from the cache, and a row with another density has no numbers. Two phases:
+read back from the cache, and a row with another density has no numbers. Three phases:
 
 - `tpot`: as many requests as the memory holds when dense, in both; a step is timed where each makes one token.
+- `full`: the same of self-pruned, with as many requests as the memory then holds.
 - `load`: more requests than fit, all queued at once; how many run at a time is up to the scheduler.
 
 Each engine runs in a process of its own (`benchmarks.serve_offline_engine`), under a time limit, and adds a row to the
@@ -42,9 +43,10 @@ from benchmarks.run import environment, save
 Row = dict[str, Any]
 
 IMPLEMENTATIONS = ("dense", "spkv")
-PHASES = ("tpot", "load")
+PHASES = ("tpot", "full", "load")
 _BLOCK = 128  # vLLM's own on a CPU; a multiple of the blocks of the others, so that none wastes memory
 _SPARE_STEPS = 20  # of a batch, beside those that are timed
+_FILLED = 0.9  # of the memory, by the requests of the phase `full`; chunks of prompts under way need some, too
 # Of an engine's process, where the caller's environment does not say otherwise.
 _SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # scheduler, model and cache are looked at
@@ -106,7 +108,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=8,
         help="KV memory, as the longest requests that it holds when dense; so many run in the phase tpot",
     )
-    parser.add_argument("--steps", type=int, default=100, help="that the phase tpot times")
+    parser.add_argument(
+        "--full-requests", type=int, help="of the phase full; default: what fills 0.9 of the memory at the density"
+    )
+    parser.add_argument("--steps", type=int, default=100, help="that the phases tpot and full time")
     parser.add_argument("--chunk", type=int, default=2048, help="tokens that a step runs at most")
     parser.add_argument("--max-requests", type=int, default=64, help="that an engine runs at a time at most")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs, and dense without vLLM's compiler")
@@ -121,12 +126,18 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.quick:
         options.prompt_tokens, options.new_tokens, options.requests, options.window = 256, 48, 8, 32
         options.dense_requests, options.steps, options.chunk, options.max_requests = 2, 20, 128, 8
+        options.full_requests = 3
     if not 0.0 < options.density < 1.0:
         parser.error(f"--density must lie in (0, 1), not {options.density}")
-    if options.chunk <= options.dense_requests:
-        parser.error("--chunk must exceed --dense-requests, or else prompts are not read while all others make tokens")
-    if options.max_requests < options.dense_requests:
-        parser.error("--max-requests must not be below --dense-requests")
+    if options.full_requests is None:
+        kept = options.density + (1 - options.density) * min(1.0, options.window / options.prompt_tokens)
+        options.full_requests = int(_FILLED * options.dense_requests / kept)
+    for name in ("dense_requests", "full_requests"):
+        count, flag = getattr(options, name), name.replace("_", "-")
+        if not 1 <= count < options.chunk:
+            parser.error(f"--{flag} must be at least 1 and below --chunk, or else prompts wait for others' tokens")
+        if options.max_requests < count:
+            parser.error(f"--max-requests must not be below --{flag}, {count}")
     return options
 
 
@@ -135,14 +146,24 @@ def shape(options: argparse.Namespace) -> LlamaConfig:
     return QUICK_SHAPE if options.quick else SHAPE_8B
 
 
+def phases(implementation: str, options: argparse.Namespace) -> list[str]:
+    """The chosen ones, in order; `full` of dense would be `tpot` again."""
+    return [phase for phase in PHASES if phase in options.phases and (phase, implementation) != ("full", "dense")]
+
+
+def requests(phase: str, options: argparse.Namespace) -> int:
+    """How many a phase has."""
+    return int({"tpot": options.dense_requests, "full": options.full_requests, "load": options.requests}[phase])
+
+
 def new_tokens(phase: str, options: argparse.Namespace) -> int:
     """Tokens that each request of a phase makes.
 
-    In `tpot` so many that the first still makes some when the last has read its prompt and all steps were timed.
+    But in `load` so many that the first still makes some when the last has read its prompt and all steps were timed.
     """
     if phase == "load":
         return int(options.new_tokens)
-    batch = options.dense_requests
+    batch = requests(phase, options)
     reading = math.ceil(batch * options.prompt_tokens / (options.chunk - batch))
     return int(reading + options.steps + _SPARE_STEPS)
 
@@ -170,7 +191,7 @@ def row_head(implementation: str, phase: str, options: argparse.Namespace) -> Ro
         "phase": phase,
         "eager": options.eager,
         "kv_bytes": kv_bytes(options),
-        "requests": options.dense_requests if phase == "tpot" else options.requests,
+        "requests": requests(phase, options),
         "prompt_tokens": options.prompt_tokens,
         "new_tokens": new_tokens(phase, options),
         "chunk": options.chunk,
@@ -183,7 +204,7 @@ def row_head(implementation: str, phase: str, options: argparse.Namespace) -> Ro
 def add_missing(result: dict[str, Any], implementation: str, options: argparse.Namespace, error: str) -> None:
     """Enter a row with an error and no numbers for each phase that was not measured."""
     there = {row["phase"] for row in result["rows"] if row["implementation"] == implementation}
-    for phase in options.phases:
+    for phase in phases(implementation, options):
         if phase not in there:
             result["rows"].append(row_head(implementation, phase, options) | {"error": error})
 

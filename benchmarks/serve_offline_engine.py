@@ -26,7 +26,17 @@ import torch
 
 from benchmarks.run import save
 from benchmarks.serve_load import Reply, spread, summarise
-from benchmarks.serve_offline import PHASES, Row, add_missing, kv_bytes, longest_request, new_tokens, row_head, shape
+from benchmarks.serve_offline import (
+    Row,
+    add_missing,
+    kv_bytes,
+    longest_request,
+    new_tokens,
+    phases,
+    requests,
+    row_head,
+    shape,
+)
 from benchmarks.serve_offline_model import cache_of, calibrate, randomise, read_density, write_directory
 
 _SECONDS_BETWEEN_SAMPLES = 0.1
@@ -167,11 +177,11 @@ def random_prompts(count: int, length: int, vocabulary: int, seed: int) -> list[
     return [[rng.randrange(3, vocabulary) for _ in range(length)] for _ in range(count)]
 
 
-def measure_tpot(engine: Engine, options: argparse.Namespace) -> Row:
-    """The time of a step of as many requests as the memory holds when dense."""
-    batch = options.dense_requests
+def measure_steps(engine: Engine, phase: str, options: argparse.Namespace) -> Row:
+    """The time of a step in which every request of a phase makes a token."""
+    batch = requests(phase, options)
     prompts = random_prompts(batch, options.prompt_tokens, shape(options).vocab_size, seed=1)
-    run = engine.drive(prompts, new_tokens("tpot", options))
+    run = engine.drive(prompts, new_tokens(phase, options))
     times = full_step_times(run.steps, batch)[: options.steps]
     if len(times) < options.steps:
         raise RuntimeError(f"{len(times)} steps in which all {batch} requests made a token, not {options.steps}")
@@ -217,10 +227,11 @@ def measure(implementation: str, options: argparse.Namespace, path: Path, folder
         note()
     # What is compiled when it is first used is compiled now: prompts of several chunks, and some steps together.
     engine.drive(random_prompts(3, min(options.prompt_tokens, 2 * options.chunk + 37), vocabulary, seed=4), 12)
-    for phase in (phase for phase in PHASES if phase in options.phases):
+    for phase in phases(implementation, options):
         print(f"{implementation}: {phase} ...", file=sys.stderr, flush=True)
         row = row_head(implementation, phase, options)
-        row |= measure_tpot(engine, options) if phase == "tpot" else measure_load(engine, options, deadline)
+        load = phase == "load"
+        row |= measure_load(engine, options, deadline) if load else measure_steps(engine, phase, options)
         if implementation == "spkv":
             row |= read_density(cache_of(engine.model), options.density)
         if torch.cuda.is_available():

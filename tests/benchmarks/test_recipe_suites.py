@@ -16,7 +16,7 @@ from benchmarks import from_scratch, recipes
 from benchmarks.figures import frontier_figure
 from benchmarks.losses import measure, whole_sequences
 from benchmarks.recipe_results import Results
-from benchmarks.recipe_runs import SUITES, Run, control_of, frontier, known_runs, with_controls
+from benchmarks.recipe_runs import SUITES, Run, control_of, find_run, frontier, known_runs, with_controls
 from benchmarks.retrieval_data import retrieval_documents
 from spkv.checkpoint import load_base
 from spkv.evals import evaluate_nll
@@ -70,6 +70,20 @@ def test_runs_share_the_controls_of_their_tokens_rate_length_and_lora():
     controls = {control_of(run) for run in (base, *map(base.with_changes, own), known_runs()["lora8-20M-d0.2"])}
     assert len(controls) == len({control.name for control in controls}) == 6
     assert all(not control.recipe.gates and control_of(control) == control for control in controls)
+
+
+def test_a_name_may_change_its_recipe():
+    base = known_runs()["10M-d0.1"]
+    assert find_run("10M-d0.1") == base
+    assert find_run("10M-d0.1 window=32 freeze_model=True").recipe == base.recipe.replace(window=32, freeze_model=True)
+    for run in (base.with_changes({"freeze_model": True}), base.with_changes({"sequence_length": 2048})):
+        assert find_run(run.name) == run
+        assert find_run(control_of(run).name) == control_of(run)
+    for name in ("10M-d0.11", "11M-d0.1 window=32"):
+        with pytest.raises(ValueError, match=f"unknown run '{name.split()[0]}'"):
+            find_run(name)
+    with pytest.raises(ValueError, match="'window' is not of the form FIELD=VALUE"):
+        find_run("10M-d0.1 window")
 
 
 def test_no_two_runs_of_the_suites_have_one_name():

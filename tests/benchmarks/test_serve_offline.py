@@ -31,14 +31,23 @@ def test_the_memory_holds_the_longest_dense_requests():
     eight_b.dtype = "bfloat16"
     # 129 steps read eight prompts, 100 are timed, 20 to spare.
     assert serve_offline.new_tokens("tpot", eight_b) == 249
-    assert serve_offline.longest_request(eight_b) == 32_768 + 256
-    assert serve_offline.kv_bytes(eight_b) == (8 * 258 + 1) * 128 * 131_072  # bytes of a token of Llama-3.1-8B
-    eight_b.steps = 400
-    assert serve_offline.longest_request(eight_b) == 32_768 + 549
+    # 28 at 0.253 of their pairs fill 0.9 of what 8 do; 455 steps read them.
+    assert serve_offline.requests("full", eight_b) == 28
+    assert serve_offline.new_tokens("full", eight_b) == 455 + 120
+    assert serve_offline.longest_request(eight_b) == 32_768 + 575
+    assert serve_offline.kv_bytes(eight_b) == (8 * 261 + 1) * 128 * 131_072  # bytes of a token of Llama-3.1-8B
+    eight_b.new_tokens = 1024
+    assert serve_offline.longest_request(eight_b) == 32_768 + 1024
+
+
+def test_of_dense_the_phase_full_would_be_tpot_again():
+    assert serve_offline.phases("spkv", options("--phases", "load", "full")) == ["full", "load"]
+    assert serve_offline.phases("dense", options("--phases", "load", "full")) == ["load"]
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--density", "0"], ["--chunk", "8"], ["--max-requests", "7"], ["--density", "1"]]
+    "arguments",
+    [["--density", "0"], ["--chunk", "8"], ["--max-requests", "7"], ["--density", "1"], ["--full-requests", "65"]],
 )
 def test_options_that_cannot_be_measured_are_refused(arguments):
     with pytest.raises(SystemExit):
@@ -134,13 +143,13 @@ def test_a_step_of_the_whole_batch_is_what_tpot_says():
     chosen = options()
     steps = [(0.5 * n, chosen.dense_requests) for n in range(40)]
     replies = [Reply(sent=0, tokens=[0] * 45, first=n + 1.0, last=30) for n in range(chosen.dense_requests)]
-    row = serve_offline_engine.measure_tpot(stub(Run(replies, gauges(4), steps)), chosen)
+    row = serve_offline_engine.measure_steps(stub(Run(replies, gauges(4), steps)), "tpot", chosen)
     assert (row["steps"], row["tpot_ms_median"], row["tpot_ms_p90"]) == (20, 500, 500)
     assert row["tokens_per_second"] == pytest.approx(chosen.dense_requests / 0.5)
     assert row["seconds_to_all_first_tokens"] == chosen.dense_requests
     assert (row["in_flight_max"], row["preemptions"]) == (2, 3)
     with pytest.raises(RuntimeError, match="5 steps in which all 2 requests made a token, not 20"):
-        serve_offline_engine.measure_tpot(stub(Run(replies, gauges(4), steps[:11])), chosen)
+        serve_offline_engine.measure_steps(stub(Run(replies, gauges(4), steps[:11])), "tpot", chosen)
 
 
 def test_a_load_that_is_broken_off_says_so():
@@ -218,10 +227,11 @@ def test_vllm_runs_the_small_shape(tmp_path):
     assert json.loads(done.stdout.splitlines()[-1])["errors"] == 0
     result = json.loads((tmp_path / "rows.json").read_text())
     assert result["engines"]["spkv"]["attention"] == "SelfPrunedAttention"
-    tpot, load = result["rows"]
-    for row in (tpot, load):
+    tpot, full, load = result["rows"]
+    for row in (tpot, full, load):
         assert row["density"] == pytest.approx(0.25, abs=0.05)
         assert row["kept_fraction"] < 0.5
         assert row["tokens_per_second"] > 0
     assert tpot["kv_use_max"] < 0.5  # and a dense cache would fill it
+    assert full["requests"] == full["in_flight_max"] == 3
     assert load["in_flight_max"] > tpot["requests"] == tpot["in_flight_max"]
