@@ -283,6 +283,8 @@ def _chosen(options: argparse.Namespace) -> Iterator[Run]:
     changed = [run.with_changes(dict(options.set)) for run in chosen]
     # Runs that differ in their gates alone have one twin with a layout.
     changed += dict.fromkeys(run.with_layout(directory) for run in changed for directory in options.layouts)
+    if options.controls:
+        return iter({control.name: control for control in map(control_of, changed)}.values())
     return iter(changed) if options.alone else with_controls(changed)
 
 
@@ -294,6 +296,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--runs", nargs="+", default=[], metavar="NAME", help="of a suite, or a recipe's; also 'NAME FIELD=VALUE'"
     )
+    parser.add_argument("--controls", action="store_true", help="only the controls of these runs")
     parser.add_argument("--alone", action="store_true", help="without controls, whose rows must be there already")
     parser.add_argument(
         "--set",

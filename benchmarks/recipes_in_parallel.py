@@ -53,6 +53,11 @@ class Fleet:
         self, runs: Sequence[Run], seeds: Sequence[int], arguments: list[str], json_file: Path, deadline: float
     ):
         self.jobs = {(run.name, seed): Job(run, seed) for seed in seeds for run in runs}
+        # A control need not have a name that can be looked up.
+        self.options = {run.name: ["--runs", run.name, "--alone"] for run in runs}
+        self.options |= {
+            control_of(run).name: ["--runs", run.name, "--controls"] for run in runs if control_of(run) != run
+        }
         self.arguments, self.json_file, self.deadline = arguments, json_file, deadline
         self.changed = threading.Condition()
 
@@ -108,8 +113,8 @@ class Fleet:
 
     def _recipes(self, job: Job, gpu: str, options: list[str]) -> str:
         own = self._file(job)
-        command = [sys.executable, "-m", "benchmarks.recipes", "--runs", job.run.name, "--seed", str(job.seed)]
-        command += ["--alone", "--json", str(own), *self.arguments, *options, "--time-limit", f"{self._left():.0f}"]
+        command = [sys.executable, "-m", "benchmarks.recipes", *self.options[job.run.name], "--seed", str(job.seed)]
+        command += ["--json", str(own), *self.arguments, *options, "--time-limit", f"{self._left():.0f}"]
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
         with own.with_suffix(".log").open("a") as log:
             code = subprocess.run(command, env=environment, stdout=log, stderr=log).returncode

@@ -22,6 +22,8 @@ def finished(monkeypatch):
     def run(command, env=None, **_):
         if "--runs" in command:
             name, seed, own = (command[command.index(flag) + 1] for flag in ("--runs", "--seed", "--json"))
+            if "--controls" in command:
+                name = control_of(find_run(name)).name
             if "--merge" in command:
                 assert (control_of(find_run(name)).name, seed) in measured
             elif (name, seed) in trained:
@@ -75,12 +77,12 @@ def test_a_run_trains_beside_its_control_and_is_measured_after_it(monkeypatch, t
 
     def run(command, **_):
         if "--runs" in command:
-            name = command[command.index("--runs") + 1]
+            name = "control" if "--controls" in command else command[command.index("--runs") + 1]
             if "--train-only" in command:
                 trains.set()
                 order.append(f"{name} trained")
             else:
-                if name == "dense-20M":
+                if name == "control":
                     assert trains.wait(timeout=30)
                     time.sleep(0.05)
                 order.append(name)
@@ -88,7 +90,13 @@ def test_a_run_trains_beside_its_control_and_is_measured_after_it(monkeypatch, t
 
     monkeypatch.setattr(subprocess, "run", run)
     assert recipes_in_parallel.main(["--gpus", "2", "--runs", "20M-d0.1", "--json", str(tmp_path / "f.json")]) == 0
-    assert order == ["20M-d0.1 trained", "dense-20M", "20M-d0.1"]
+    assert order == ["20M-d0.1 trained", "control", "20M-d0.1"]
+
+
+def test_a_control_whose_name_is_not_known_is_reached_through_its_run(finished, tmp_path):
+    name = "20M-d0.1 tokens=12345"
+    assert recipes_in_parallel.main(["--gpus", "1", "--runs", name, "--json", str(tmp_path / "f.json")]) == 0
+    assert [ended for ended, _ in finished] == ["dense-0.012345M", name, "merged"]
 
 
 def test_a_process_that_cannot_be_started_holds_nobody_up(monkeypatch, tmp_path, capsys):
