@@ -13,6 +13,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -165,7 +166,7 @@ def environment(module: str, commit: str | None = None, packages: Sequence[str] 
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "commit": commit or found,
         # Files by their names: where they lie means nothing elsewhere.
-        "command": f"python -m {module} " + " ".join(Path(argument).name for argument in sys.argv[1:]),
+        "command": shlex.join(["python", "-m", module, *(Path(argument).name for argument in sys.argv[1:])]),
         "versions": {
             "spkv": spkv.__version__,
             "torch": torch.__version__,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from spkv.config import CONFIG_FILE, FORMAT, PREDICTOR_FILE, SPKVConfig, read_stored
+from spkv.fingerprint import check_magnitude, check_sizes, sizes
 from spkv.gates import ThresholdGate
 from spkv.hf.attach import attach, attachment
 from spkv.hf.families import find_decoder
@@ -29,9 +30,6 @@ from spkv.hf.packaged import PACKAGED_MODELS
 
 _LORA_FILE = "adapter_config.json"
 SHIPPED_ADAPTERS = Path(__file__).parent / "adapters"
-# Relative difference of weight statistics above which two bases are not the same model. Storage in bfloat16 or
-# float16 moves them by less than 1e-3, and training by more than this.
-_SAME_WEIGHTS = 1e-2
 
 
 def load(
@@ -210,8 +208,6 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     Adapters, predictors and the storage type do not change it.
     """
     decoder = find_decoder(model)
-    config = decoder.config
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
     weights = {
         name.replace(".base_layer", ""): parameter
         for name, parameter in decoder.module.named_parameters()
@@ -219,29 +215,18 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     }
     chosen = sorted(weights)[:: max(1, len(weights) // 8)]
     return {
-        "model_type": config.model_type,
-        **{name: getattr(config, name) for name in names},
+        **sizes(decoder.config),
         "mean_magnitudes": {name: weights[name].detach().float().abs().mean().item() for name in chosen},
     }
 
 
 def check_fingerprint(model: nn.Module, expected: dict[str, Any] | None, path: Path) -> None:
     """Raise a ValueError that names the differences if `model` is not the base that `expected` describes."""
-    if expected is None:
-        raise ValueError(f"{path} holds a whole model, not an adapter: load it by itself")
-    actual = fingerprint(model)
-    sizes = [k for k in expected if k != "mean_magnitudes" and expected[k] != actual.get(k)]
-    if sizes:
-        given = ", ".join(f"{k}={actual.get(k)!r}" for k in sizes)
-        wanted = ", ".join(f"{k}={expected[k]!r}" for k in sizes)
-        raise ValueError(f"the adapter in {path} is for another model: it needs {wanted}, this one has {given}")
-    for name, value in expected["mean_magnitudes"].items():
-        found = actual["mean_magnitudes"].get(name)
-        if found is None or abs(found - value) > _SAME_WEIGHTS * abs(value):
-            raise ValueError(
-                f"the adapter in {path} is for another model of the same sizes: the mean magnitude of {name} is "
-                f"{found}, and was {value} in the base it was trained on"
-            )
+    check_sizes(expected, find_decoder(model).config, path)
+    assert expected is not None
+    actual = fingerprint(model)["mean_magnitudes"]
+    for name in expected["mean_magnitudes"]:
+        check_magnitude(expected, name, actual.get(name), path)
 
 
 def _attach_stored(model: PreTrainedModel, path: Path) -> PreTrainedModel:

@@ -19,6 +19,7 @@ from spkv.config import PREDICTOR_FILE, SPKVConfig
 from spkv.gates import HardGate, OpenGate, ThresholdGate
 from spkv.predictor import UtilityPredictor
 from spkv.serving import settings
+from spkv.serving.adapter import Adapter
 from spkv.serving.attention import SelfPrunedAttention
 
 _ATTENTION = ".self_attn"
@@ -33,6 +34,8 @@ class _SelfPruned(nn.Module):
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.predictor_file = settings.model_file(vllm_config.model_config, PREDICTOR_FILE)
+        directory = settings.adapter_directory(vllm_config.model_config)
+        self.adapter = None if directory is None else Adapter(directory)
         config = settings.stored_config(vllm_config)
         attentions = [(name, module) for name, module in self.named_modules() if name.endswith(_ATTENTION)]
         for name, attention in attentions:
@@ -51,12 +54,13 @@ class _SelfPruned(nn.Module):
             attention.register_forward_pre_hook(decision, with_kwargs=True)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load the model's weights, and the predictors from their own file.
+        """Load the model's weights, with an adapter's if one was named, and the predictors from their own file.
 
         vLLM may hand over the tensors of all safetensors files in the directory; the predictors' begin with "layers.".
         """
         base: Any = super()
-        loaded: set[str] = base.load_weights(item for item in weights if not item[0].startswith("layers."))
+        weights = (item for item in weights if not item[0].startswith("layers."))
+        loaded: set[str] = base.load_weights(weights if self.adapter is None else self.adapter.merge(weights))
         return loaded | self._load_predictors()
 
     @torch.no_grad()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import cached_file
 
-from spkv.config import CONFIG_FILE, SPKVConfig, read_stored
+from spkv.config import CONFIG_FILE, SPKVConfig, check_threshold, read_stored
+from spkv.fingerprint import check_sizes
+
+logger = logging.getLogger("vllm.spkv")  # vLLM sets up the loggers below its own
 
 # What is off, how to tell that it was asked for, and what to do.
 _REFUSED: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
@@ -29,7 +33,9 @@ _REFUSED: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
     ("a quantised KV cache", lambda c: c.cache_config.cache_dtype != "auto", "drop --kv-cache-dtype"),
     ("LoRA", lambda c: c.lora_config, "merge the adapter into the model"),
 )
-_DENSITY = "spkv_density"
+# Of --additional-config, and of --hf-overrides.
+_DENSITY, _THRESHOLD = "spkv_density", "spkv_threshold"
+_ADAPTER = "spkv_adapter"
 
 
 class Settings:
@@ -50,21 +56,24 @@ class Settings:
 
         versions.check_version()
         model_config, cache_config = vllm_config.model_config, vllm_config.cache_config
-        stored = _read(model_config)
+        stored = read_stored(model_file(model_config, CONFIG_FILE))
         check_features(vllm_config)
         versions.check_runner(vllm_config)
-        config = check_model(stored, model_config.hf_config)
+        stored = with_options(stored, vllm_config.additional_config)
+        config = check_model(stored, model_config.hf_config, adapter_directory(model_config))
         model_config.hf_config.spkv = stored  # it travels to all processes
         vllm_config.kv_transfer_config = versions.connector_config()
         # On by default, and nobody's explicit wish can be told from that.
-        cache_config.enable_prefix_caching = False
+        if cache_config.enable_prefix_caching:
+            logger.info("Prefix caching is off: self-pruned models are served without it.")
+            cache_config.enable_prefix_caching = False
         if not cache_config.user_specified_block_size:
             cache_config.block_size, cache_config.user_specified_block_size = config.page_size, True
         versions.choose_execution(vllm_config)
 
 
 class BaseSettings:
-    """As `Settings`, called for every model of a family: a directory that says it is self-pruned is served as such."""
+    """As `Settings`, called for every model of a family, and does so if it is self-pruned or an adapter is named."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
@@ -74,9 +83,9 @@ class BaseSettings:
     def verify_and_update_config(vllm_config: Any) -> None:
         from spkv.serving import versions
 
+        model_config = vllm_config.model_config
         # On the hub this would be one more request for every model; there the architecture must be named.
-        if (Path(vllm_config.model_config.model) / CONFIG_FILE).is_file():
-            model_config = vllm_config.model_config
+        if adapter_directory(model_config) or (Path(model_config.model) / CONFIG_FILE).is_file():
             model_config.hf_config.architectures = [versions.ARCHITECTURES[model_config.architecture]]
             Settings.verify_and_update_config(vllm_config)
 
@@ -88,12 +97,14 @@ def check_features(vllm_config: Any) -> None:
         raise ValueError(f"self-pruned models are served without: {', '.join(refused)}")
 
 
-def check_model(stored: dict[str, Any], hf_config: Any) -> SPKVConfig:
+def check_model(stored: dict[str, Any], hf_config: Any, adapter: Path | None = None) -> SPKVConfig:
     """Return the config of a model that can be served, else raise a ValueError."""
-    if stored["base"] is not None:
+    if adapter is not None:
+        check_sizes(stored["base"], hf_config, adapter)
+    elif stored["base"] is not None:
         raise ValueError(
-            "this directory holds an adapter; make a whole model of it first: "
-            "spkv.save(spkv.load(BASE, adapter=DIR), OUTPUT)"
+            "this directory holds an adapter: serve the model that it was trained on, with "
+            f'--hf-overrides \'{{"{_ADAPTER}": "DIR"}}\''
         )
     config = SPKVConfig.from_dict(stored["config"])
     if config.page_dtype is not None:
@@ -108,34 +119,64 @@ def check_model(stored: dict[str, Any], hf_config: Any) -> SPKVConfig:
 
 
 def stored_config(vllm_config: Any) -> SPKVConfig:
-    """The config that the model was saved with."""
+    """The config that the model was saved with, or what was said in its place."""
     return SPKVConfig.from_dict(vllm_config.model_config.hf_config.spkv["config"])
+
+
+def adapter_directory(model_config: Any) -> Path | None:
+    """The adapter that was named, if any.
+
+    Raises:
+        FileNotFoundError: if it is none.
+    """
+    said = getattr(model_config.hf_config, _ADAPTER, None)
+    if said is None:
+        return None
+    if not (Path(said) / CONFIG_FILE).is_file():
+        raise FileNotFoundError(f"{_ADAPTER} {said!r} is no adapter: it holds no {CONFIG_FILE}")
+    return Path(said)
+
+
+def with_options(stored: dict[str, Any], said: Any) -> dict[str, Any]:
+    """What a checkpoint says of itself, with the options in vLLM's `additional_config` in force.
+
+    The density measured in training belongs to the threshold that it was measured at.
+
+    Raises:
+        ValueError: for an option that does not exist, or a value that is not allowed.
+    """
+    options = (
+        {name: value for name, value in said.items() if name.startswith("spkv_")} if isinstance(said, dict) else {}
+    )
+    if unknown := sorted(set(options) - {_DENSITY, _THRESHOLD}):
+        raise ValueError(f"unknown options {', '.join(unknown)}; there are {_DENSITY} and {_THRESHOLD}")
+    config, training = dict(stored["config"]), dict(stored["training"] or {})
+    if (threshold := options.get(_THRESHOLD)) is not None and check_threshold(threshold) != config["threshold"]:
+        config["threshold"] = threshold
+        training.pop("density", None)
+    if (density := options.get(_DENSITY)) is not None:
+        if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0.0 <= density <= 1.0:
+            raise ValueError(f"{_DENSITY} must lie in [0, 1], not {density!r}")
+        training["density"] = density
+    return {**stored, "config": config, "training": training}
 
 
 def expected_density(vllm_config: Any) -> float:
     """The density that requests are admitted by: as said, else as measured in training, else 1."""
-    said = vllm_config.additional_config
-    density = said.get(_DENSITY) if isinstance(said, dict) else None
-    if density is None:
-        density = vllm_config.model_config.hf_config.spkv["training"].get("density")
-    density = 1.0 if density is None else float(density)
-    if not 0.0 <= density <= 1.0:
-        raise ValueError(f"{_DENSITY} must lie in [0, 1], not {density!r}")
-    return density
+    density = vllm_config.model_config.hf_config.spkv["training"].get("density")
+    return 1.0 if density is None else float(density)
 
 
 def model_file(model_config: Any, name: str) -> Path:
-    """A file of the model, which is a directory or on the hub.
+    """A file of the adapter that was named, or else of the model, which is a directory or on the hub.
 
     Raises:
         FileNotFoundError: if it does not have it.
     """
+    if (adapter := adapter_directory(model_config)) is not None:
+        return adapter / name
     try:
         found: Any = cached_file(model_config.model, name, revision=model_config.revision)
     except OSError as error:
         raise FileNotFoundError(f"{model_config.model!r} holds no {name}: it is no self-pruned model") from error
     return Path(found)
-
-
-def _read(model_config: Any) -> dict[str, Any]:
-    return read_stored(model_file(model_config, CONFIG_FILE))

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 import spkv
+from spkv.checkpoint import fingerprint
 from spkv.config import CONFIG_FILE, SPKVConfig, read_stored
 from spkv.serving import settings
 
@@ -17,10 +18,8 @@ def vllm_config(**changes):
         speculative_config=None,
         kv_transfer_config=None,
         lora_config=None,
-        additional_config={},
         parallel_config=SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1),
         cache_config=SimpleNamespace(kv_offloading_size=None, cache_dtype="auto"),
-        model_config=SimpleNamespace(hf_config=SimpleNamespace(spkv={"training": {"density": 0.3}})),
     )
     for name, value in changes.items():
         *path, last = name.split("__")
@@ -54,8 +53,14 @@ def test_models_that_cannot_be_served_are_refused(tiny_llama, tmp_path):
     spkv.save(tiny_llama, tmp_path)
     stored = read_stored(tmp_path / CONFIG_FILE)
     assert settings.check_model(stored, tiny_llama.config).window == 8
-    with pytest.raises(ValueError, match="an adapter; make a whole model"):
+    with pytest.raises(ValueError, match="an adapter: serve the model that it was trained on, with --hf-overrides"):
         settings.check_model(stored | {"base": {}}, tiny_llama.config)
+    with pytest.raises(ValueError, match="a whole model, not an adapter"):
+        settings.check_model(stored, tiny_llama.config, tmp_path)
+    base = fingerprint(tiny_llama)
+    assert settings.check_model(stored | {"base": base}, tiny_llama.config, tmp_path).window == 8
+    with pytest.raises(ValueError, match="for another model: it needs hidden_size=64, this one has hidden_size=32"):
+        settings.check_model(stored | {"base": base | {"hidden_size": 64}}, tiny_llama.config, tmp_path)
     coded = stored | {"config": stored["config"] | {"page_dtype": "int8"}}
     with pytest.raises(ValueError, match="page_dtype is 'int8'"):
         settings.check_model(coded, tiny_llama.config)
@@ -67,17 +72,45 @@ def test_models_that_cannot_be_served_are_refused(tiny_llama, tmp_path):
 
 
 def test_files_that_are_not_there_are_named(tmp_path):
+    plain = SimpleNamespace(model=str(tmp_path), revision=None, hf_config=SimpleNamespace())
     with pytest.raises(FileNotFoundError, match=f"holds no {CONFIG_FILE}: it is no self-pruned model"):
-        settings.model_file(SimpleNamespace(model=str(tmp_path), revision=None), CONFIG_FILE)
+        settings.model_file(plain, CONFIG_FILE)
+    plain.hf_config.spkv_adapter = str(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"spkv_adapter '{tmp_path}' is no adapter: it holds no {CONFIG_FILE}"):
+        settings.model_file(plain, CONFIG_FILE)
+    (tmp_path / CONFIG_FILE).touch()
+    assert settings.model_file(plain, "anything") == tmp_path / "anything"
 
 
-def test_the_expected_density_is_the_one_said_or_trained():
-    assert settings.expected_density(vllm_config()) == 0.3
-    assert settings.expected_density(vllm_config(additional_config={"spkv_density": 0.5})) == 0.5
-    untold = vllm_config(model_config__hf_config__spkv={"training": {}})
-    assert settings.expected_density(untold) == 1.0
-    with pytest.raises(ValueError, match=r"spkv_density must lie in \[0, 1\], not 2.0"):
-        settings.expected_density(vllm_config(additional_config={"spkv_density": 2}))
+def test_options_stand_in_for_what_the_checkpoint_says():
+    stored = {"config": SPKVConfig(threshold=0.5).to_dict(), "base": None, "training": {"density": 0.3, "step": 7}}
+
+    def read(said):
+        hf_config = SimpleNamespace(spkv=settings.with_options(stored, said))
+        config = SimpleNamespace(model_config=SimpleNamespace(hf_config=hf_config))
+        return settings.stored_config(config).threshold, settings.expected_density(config)
+
+    assert read({}) == read({"spkv_threshold": 0.5, "of_somebody_else": 1}) == read(object()) == (0.5, 0.3)
+    assert read({"spkv_density": 0.4}) == (0.5, 0.4)
+    assert read({"spkv_threshold": 0.7}) == (0.7, 1.0)  # at which nothing was measured
+    assert read({"spkv_threshold": 0.7, "spkv_density": 0}) == (0.7, 0.0)
+    assert stored["training"] == {"density": 0.3, "step": 7}
+    stored["training"] = None
+    assert read({}) == (0.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"spkv_density": 2}, r"spkv_density must lie in \[0, 1\], not 2"),
+        ({"spkv_density": "0.3"}, r"spkv_density must lie in \[0, 1\], not '0.3'"),
+        ({"spkv_threshold": 1}, "threshold must lie strictly between 0 and 1, not 1"),
+        ({"spkv_treshold": 0.5}, "unknown options spkv_treshold; there are spkv_density and spkv_threshold"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(said, words):
+    with pytest.raises(ValueError, match=words):
+        settings.with_options({"config": {"threshold": 0.5}, "training": {}}, said)
 
 
 def test_serving_does_without_the_transformers_integration():

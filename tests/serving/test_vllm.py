@@ -162,13 +162,39 @@ def test_on_a_gpu_too_eagerly_and_with_graphs(engine, expected, eager):
     assert again == tokens[::-1]
 
 
-def test_more_requests_run_at_a_time_than_dense_blocks_would_take(engine, expected):
-    llm = engine(num_gpu_blocks_override=80)
-    requests = prompts(*[300] * 6)
-    tokens, history = run(llm, requests)
-    assert tokens == [expected(prompt) for prompt in requests]
-    dense = 79 // dense_blocks(300 + NEW)
-    assert max(len(held) for held, *_ in history) > dense
+def test_memory_for_two_dense_requests_carries_five_at_a_density_of_a_quarter(tmp_path):
+    requests = prompts(*[600] * 5)
+    TINY["write"](tmp_path, density=0.25, ids=torch.tensor(requests))
+    blocks = 2 * dense_blocks(600 + NEW) + 1
+    options = dict(max_model_len=1024, max_num_seqs=8, max_num_batched_tokens=64, num_gpu_blocks_override=blocks)
+    llm = vllm.LLM(str(tmp_path), dtype="float32", **options)
+    try:
+        _, history = run(llm, requests)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+    assert max(len(held) for held, *_ in history) == 5
+
+
+def test_a_base_model_is_served_with_an_adapter_and_another_threshold(tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    TINY["write_base_and_adapter"](base, adapter)
+    model, requests = spkv.load(base, adapter=adapter, threshold=0.7, device=DEVICE), prompts(10, 200, 90)
+    options = dict(max_model_len=256, max_num_seqs=4, max_num_batched_tokens=64)
+    llm = vllm.LLM(
+        str(base),
+        dtype="float32",
+        hf_overrides={"spkv_adapter": str(adapter)},
+        additional_config={"spkv_threshold": 0.7},
+        **options,
+    )
+    try:
+        tokens, _ = run(llm, requests)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+    for prompt, made in zip(requests, tokens, strict=True):
+        options = dict(max_new_tokens=NEW, do_sample=False, eos_token_id=None, min_new_tokens=NEW)
+        ids = torch.tensor([prompt], device=DEVICE)
+        assert made == model.generate(ids, **options)[0, len(prompt) :].tolist()
 
 
 def test_preempted_requests_start_anew_and_come_to_the_same(engine, expected):

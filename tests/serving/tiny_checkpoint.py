@@ -3,17 +3,19 @@
 import sys
 
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import spkv
+from spkv.checkpoint import save_adapter
 
 VOCABULARY = 199
 
 
-def write(directory, window=20, layers=None, density=0.5, family="llama"):
+def make(window=20, layers=None, family="llama"):
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         family,
@@ -36,7 +38,40 @@ def write(directory, window=20, layers=None, density=0.5, family="llama"):
         torch.nn.init.normal_(predictor.up.weight, std=1.0)
         torch.nn.init.normal_(predictor.down.weight, std=0.3)
         torch.nn.init.constant_(predictor.down.bias, -1.0)
+    return model
+
+
+def write(directory, density=0.5, ids=None, **options):
+    """With `ids`, every head keeps the share `density` of them."""
+    model = make(**options)
+    if ids is not None:
+        calibrate(model, density, ids)
     spkv.save(model, directory, training={"density": density})
+    write_tokenizer(directory)
+
+
+@torch.no_grad()
+def calibrate(model, density, ids):
+    found = spkv.attachment(model)
+    for layer, predictor in found.predictors.items():  # in order, since what one keeps changes the inputs of later ones
+        with found.record() as record:
+            model(ids, use_cache=False)
+        logits = record.utilities[layer].transpose(0, 1).flatten(1).logit()
+        predictor.down.bias -= logits.quantile(1 - density, dim=1)
+
+
+def write_base_and_adapter(base, adapter):
+    model = make()
+    model.save_pretrained(base, state_dict={k: v for k, v in model.state_dict().items() if "predictor" not in k})
+    write_tokenizer(base)
+    lora = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
+    for name, parameter in lora.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    save_adapter(lora, adapter, training={"density": 0.5})
+
+
+def write_tokenizer(directory):
     words = Tokenizer(WordLevel({str(i): i for i in range(VOCABULARY)}, unk_token="0"))
     words.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, bos_token="1", eos_token="2").save_pretrained(directory)

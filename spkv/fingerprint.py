@@ -1,0 +1,45 @@
+"""How an adapter tells its base model from others: by sizes, and by the mean magnitudes of some weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+# Relative difference of mean magnitudes above which two bases are not the same model. Storage in bfloat16 or float16
+# moves them by less than 1e-3, and training by more than this.
+_SAME_WEIGHTS = 1e-2
+
+
+def sizes(config: Any) -> dict[str, Any]:
+    """What a model's config says of them."""
+    return {name: getattr(config, name) for name in ("model_type", *SIZES)}
+
+
+def check_sizes(expected: dict[str, Any] | None, config: Any, adapter: Path) -> None:
+    """Raise a ValueError that names what differs if `config` is not of the base that `expected` describes."""
+    if expected is None:
+        raise ValueError(f"{adapter} holds a whole model, not an adapter: load it by itself")
+    actual = sizes(config)
+    different = [name for name in actual if expected.get(name) != actual[name]]
+    if different:
+        given = ", ".join(f"{name}={actual[name]!r}" for name in different)
+        wanted = ", ".join(f"{name}={expected.get(name)!r}" for name in different)
+        raise ValueError(f"the adapter in {adapter} is for another model: it needs {wanted}, this one has {given}")
+
+
+def check_magnitude(expected: dict[str, Any], name: str, found: float | None, adapter: Path) -> None:
+    """Raise a ValueError if a weight that `expected` names is missing, or has another mean magnitude.
+
+    Args:
+        expected: as for `check_sizes`.
+        name: of the weight, as the decoder has it.
+        found: its mean magnitude; None if there is no such weight.
+        adapter: for the message.
+    """
+    value = expected["mean_magnitudes"][name]
+    if found is None or abs(found - value) > _SAME_WEIGHTS * abs(value):
+        raise ValueError(
+            f"the adapter in {adapter} is for another model of the same sizes: the mean magnitude of {name} is "
+            f"{found}, and was {value} in the base it was trained on"
+        )
