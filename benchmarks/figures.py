@@ -158,7 +158,7 @@ def frontier_figure(result: dict[str, Any], model: str = "smollm2") -> Figure:
     """Loss over the dense control against density, for each budget of training tokens.
 
     `result` is what `benchmarks.recipes --suite frontier` writes. Lines join the runs at the threshold that they were
-    trained for; the small points are the same models at other thresholds.
+    trained for; the small points are the same models at other thresholds, and other seeds.
     """
     names = {run.name for run in frontier()}
     rows = [r for r in result["rows"] if r["model"] == model and r["run"] in names and r["policy"] == "spkv"]
@@ -167,8 +167,8 @@ def frontier_figure(result: dict[str, Any], model: str = "smollm2") -> Figure:
     axes = figure.subplots()
     for colour, budget in ((f"C{i}", budget) for i, budget in enumerate(budgets)):
         own = sorted((row for row in rows if row["tokens"] == budget), key=lambda row: row["density"])
-        trained_for = [row for row in own if row["threshold"] == THRESHOLD]
-        others = [row for row in own if row["threshold"] != THRESHOLD]
+        trained_for = [row for row in own if (row["threshold"], row["seed"]) == (THRESHOLD, 0)]
+        others = [row for row in own if row not in trained_for]
         label = f"{budget / 1e6:.0f} M tokens"
         axes.plot(*_costs(trained_for), "o-", color=colour, label=label)
         axes.plot(*_costs(others), ".", color=colour, markersize=4, alpha=0.5)
