@@ -22,6 +22,7 @@ from vllm.v1.attention.backend import (
 
 from spkv.ops.triton import limits
 from spkv.serving import settings, versions
+from spkv.serving.chunks import Chunks, group
 from spkv.serving.ledger import SlabSizes
 from spkv.serving.manager import SlabSpec
 from spkv.serving.slabs import SlabCache, Step
@@ -32,14 +33,14 @@ class Batch(AttentionMetadata):  # type: ignore[misc]
     """The requests of a step.
 
     Attributes:
-        starts: where the tokens of each begin, and where the last ends.
         single: how many, at the front, have one token only.
+        chunks: the others.
         first_slabs: [requests], what tells them.
         step: the cache's part in it; begun by the first layer, ended by the last.
     """
 
-    starts: list[int]
     single: int
+    chunks: list[Chunks]
     first_slabs: Tensor
     step: Step | None = None
 
@@ -65,7 +66,7 @@ class BatchBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         while single < requests and starts[single + 1] - starts[single] == 1:
             single += 1
         first_slabs = common_attn_metadata.block_table_tensor[:requests, 0]
-        return Batch(starts, single, first_slabs)
+        return Batch(single, list(group(starts, single, first_slabs.device)), first_slabs)
 
 
 class SlabBackend(versions.OneMemoryBackend, AttentionBackend):  # type: ignore[misc]
@@ -125,11 +126,10 @@ class SelfPrunedAttention(nn.Module, AttentionLayerBase):  # type: ignore[misc]
         if n:
             new = [t[:n].unsqueeze(2) for t in (queries, keys, values, keeps)]
             outs[:n] = batch.step.attend(self.index, slice(0, n), *new, scale=self.scale)[:, :, 0]
-        for i in range(n, len(batch.starts) - 1):
-            tokens = slice(batch.starts[i], batch.starts[i + 1])
-            new = [t[tokens].transpose(0, 1).unsqueeze(0) for t in (queries, keys, values, keeps)]
-            attended = batch.step.attend(self.index, slice(i, i + 1), *new, scale=self.scale)
-            outs[tokens] = attended[0].transpose(0, 1)
+        for chunks in batch.chunks:
+            new = [chunks.side_by_side(t) for t in (queries, keys, values, keeps)]
+            attended = batch.step.attend(self.index, chunks.requests, *new, lengths=chunks.lengths, scale=self.scale)
+            outs[chunks.tokens] = chunks.one_after_another(attended)
         if self.index == self.cache.layers - 1:
             batch.step.end()
             batch.step = None

@@ -106,31 +106,44 @@ class Step:
         self.slabs, self.taken = cache.slabs[index], cache.taken[index]
 
     def attend(
-        self, layer: int, requests: slice, query: Tensor, key: Tensor, value: Tensor, keep: Tensor, *, scale: float
+        self,
+        layer: int,
+        requests: slice,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        keep: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        scale: float,
     ) -> Tensor:
         """Write new pairs and return the attention of their queries against everything visible.
 
         Args:
             layer: 0 to layers - 1.
-            requests: N of the step's, which have as many tokens.
+            requests: N of the step's.
             query: [N, H, T, D]; key, value: [N, Hkv, T, D]; keep: [N, Hkv, T] bool.
+            lengths: [N] int32, the tokens of each, which what follows them is padding of; None: all have T.
             scale: factor on the scores.
 
         Returns:
-            [N, H, T, D].
+            [N, H, T, D]; zeros at padding.
         """
-        packed = self.layer(layer, requests)
+        packed, valid = self.layer(layer, requests), None
+        if lengths is not None:
+            valid = torch.arange(query.shape[2], device=query.device) < lengths[:, None]
         # What can count pages can take them.
         if limits.count_pages({"packed": packed}) is None:
             from spkv.ops.triton.slabs import take_pages
 
-            take_pages(packed, keep, self.slabs[requests], self.taken[requests], self.cache.per_slab)
+            take_pages(packed, keep, self.slabs[requests], self.taken[requests], self.cache.per_slab, lengths)
         else:
-            self._take_pages(requests, packed, keep)
+            self._take_pages(requests, packed, keep, valid)
         out = None
         if query.shape[2] > 1:
-            out = pruned_prefill(query, key, value, keep, window=self.cache.window, scale=scale, past=packed)
-        write(packed, key, value, keep)
+            window = self.cache.window
+            out = pruned_prefill(query, key, value, keep, window=window, scale=scale, past=packed, valid=valid)
+        write(packed, key, value, keep, valid)
         return packed_decode(query, packed, scale=scale) if out is None else out
 
     def layer(self, layer: int, requests: slice) -> PackedLayer:
@@ -154,10 +167,10 @@ class Step:
         cache.ring_keep[:, self.chains], cache.taken[index] = self.ring_keep, self.taken
         cache.clear(cache.padding_row)
 
-    def _take_pages(self, requests: slice, packed: PackedLayer, keep: Tensor) -> None:
+    def _take_pages(self, requests: slice, packed: PackedLayer, keep: Tensor, valid: Tensor | None = None) -> None:
         """Enter the pages that writing these tokens takes into the table, and advance the cursors."""
         (N, Hkv, T), page_size, per_slab = keep.shape, self.cache.page_size, self.cache.per_slab
-        ring_held, ring_new, kept_held, kept_new = pages_held_and_new(packed, keep)
+        ring_held, ring_new, kept_held, kept_new = pages_held_and_new(packed, keep, valid)
         ring_held, ring_new = (n[:, None].expand(N, Hkv) for n in (ring_held, ring_new))
         kept_held, kept_new = (n.view(N, Hkv) for n in (kept_held, kept_new))
         # [N, Hkv, 2]: pages of ring and kept pages, and the first column for each.

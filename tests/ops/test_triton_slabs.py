@@ -47,8 +47,12 @@ def test_tokens_take_the_pages_that_the_cache_would_take(data):
     keep = (torch.rand(rows, tokens, heads, device=DEVICE) < 0.5).transpose(1, 2)
     requests, layer = slice(0, rows), layers - 1
     packed = [step.layer(layer, requests) for step in steps]
-    take_pages(packed[0], keep, steps[0].slabs, steps[0].taken, cache.per_slab)
-    steps[1]._take_pages(requests, packed[1], keep)
+    lengths = valid = None
+    if data.draw(st.booleans()):
+        lengths = torch.randint(1, tokens + 1, (rows,), dtype=torch.int32, device=DEVICE)
+        valid = torch.arange(tokens, device=DEVICE) < lengths[:, None]
+    take_pages(packed[0], keep, steps[0].slabs, steps[0].taken, cache.per_slab, lengths)
+    steps[1]._take_pages(requests, packed[1], keep, valid)
     assert torch.equal(steps[0].taken, steps[1].taken)
     # The last column belongs to nobody.
     assert torch.equal(cache.table[..., :-1], twin.table[..., :-1])

@@ -1,11 +1,13 @@
 """The worker's cache in slabs gives what a dense, masked cache gives, whatever runs together with what."""
 
+import itertools
 import random
 
 import pytest
 import torch
 
 from spkv.cache.dense import DenseCache
+from spkv.serving.chunks import group
 from spkv.serving.ledger import Ledger, Orders, SlabSizes
 from spkv.serving.slabs import SlabCache, UseReader
 
@@ -28,7 +30,7 @@ def test_random_schedules_equal_the_dense_cache(window, slab_tokens, late):
     uses = UseReader(cache, late)
     free, held, oracles, seen = list(range(1, 200)), {}, {}, {}
     rng.shuffle(free)
-    freed = 0
+    freed = side_by_side = 0
     for _ in range(60):
         for name in list(oracles):
             if seen[name] > 140:
@@ -48,18 +50,22 @@ def test_random_schedules_equal_the_dense_cache(window, slab_tokens, late):
         batch = dict(sorted(batch.items(), key=lambda item: item[1]))
         first_slabs = torch.tensor([held[name][0] for name in batch], dtype=torch.int32)
         step = cache.begin(first_slabs)
+        starts = [0, *itertools.accumulate(batch.values())]
+        groups = list(group(starts, 0, torch.device("cpu")))
+        side_by_side += sum(chunks.lengths is not None for chunks in groups)
         for layer in range(LAYERS):
-            for tokens in {*batch.values()}:
-                names = [name for name in batch if batch[name] == tokens]
-                B, first = len(names), [*batch].index(names[0])
-                query = torch.randn(B, HEADS, tokens, D)
-                key, value = torch.randn(2, B, KV_HEADS, tokens, D)
-                keep = torch.rand(B, KV_HEADS, tokens) < rng.choice([0.1, 0.5, 1.0])
-                out = step.attend(layer, slice(first, first + B), query, key, value, keep, scale=D**-0.5)
-                for b, name in enumerate(names):
-                    one = (tensor[b : b + 1] for tensor in (query, key, value, keep))
-                    expected = oracles[name].attend(layer, *one, scale=D**-0.5)
-                    torch.testing.assert_close(out[b : b + 1], expected)
+            query = torch.randn(starts[-1], HEADS, D)
+            key, value = torch.randn(2, starts[-1], KV_HEADS, D)
+            keep = torch.rand(starts[-1], KV_HEADS) < rng.choice([0.1, 0.5, 1.0])
+            out = torch.empty_like(query)
+            for chunks in groups:
+                new = [chunks.side_by_side(tensor) for tensor in (query, key, value, keep)]
+                attended = step.attend(layer, chunks.requests, *new, lengths=chunks.lengths, scale=D**-0.5)
+                out[chunks.tokens] = chunks.one_after_another(attended)
+            for name, start, end in zip(batch, starts, starts[1:], strict=False):
+                one = (tensor[start:end].transpose(0, 1)[None] for tensor in (query, key, value, keep))
+                expected = oracles[name].attend(layer, *one, scale=D**-0.5)
+                torch.testing.assert_close(out[start:end], expected[0].transpose(0, 1))
         step.end()
         report = uses.after(orders)
         if report is not None:
@@ -68,6 +74,7 @@ def test_random_schedules_equal_the_dense_cache(window, slab_tokens, late):
                 freed += count
         rng.shuffle(free)
     assert freed > 10
+    assert side_by_side > 10
     assert ledger.totals()["slabs_returned"] == freed
 
 

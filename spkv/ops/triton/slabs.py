@@ -15,7 +15,9 @@ from spkv.ops.triton.launch import on_device_of
 _COUNTED, _FILLED = 256, 64  # tokens and columns of the table that a program takes at a time, of each head
 
 
-def take_pages(packed: PackedLayer, keep: Tensor, slabs: Tensor, taken: Tensor, per_slab: int) -> None:
+def take_pages(
+    packed: PackedLayer, keep: Tensor, slabs: Tensor, taken: Tensor, per_slab: int, lengths: Tensor | None = None
+) -> None:
     """Enter the pages that writing these tokens takes into `packed.table`, and count them. In place.
 
     Page n of a request is page n % per_slab of its slab n // per_slab. Never waits for the device.
@@ -26,12 +28,13 @@ def take_pages(packed: PackedLayer, keep: Tensor, slabs: Tensor, taken: Tensor, 
         slabs: [N, slabs of a request at most] int32.
         taken: [N] int32, pages of each request that are in use, by all layers.
         per_slab: pages of a slab.
+        lengths: [N] int32, how many tokens of each request are not padding, the first of its T; None: all.
     """
     N, Hkv, T = keep.shape
     single = T == 1  # then the new token pushes one pair out, and a chain takes one page at most
     with on_device_of(taken):
         _take[(N,)](
-            keep, packed.table, packed.rows, packed.seen, packed.kept, packed.ring_keep, slabs, taken,
+            keep, packed.table, packed.rows, packed.seen, packed.kept, packed.ring_keep, slabs, taken, lengths,
             T, packed.window, packed.ring_pages, per_slab, slabs.shape[1],
             *keep.stride(), packed.table.stride(0), packed.ring_keep.stride(0), slabs.stride(0),
             Hkv=Hkv, HKV_PAD=triton.next_power_of_2(Hkv), P=packed.page_size,
@@ -44,12 +47,12 @@ _VARYING = (
     "T", "window", "ring_pages", "per_slab", "columns", "keep_stride_n", "keep_stride_h", "keep_stride_t",
     "table_stride", "ring_keep_stride", "slabs_stride",
 )  # fmt: skip
-_ANY_ALIGNMENT = ("keep", "table", "rows", "seen", "kept", "ring_keep", "slabs", "taken")
+_ANY_ALIGNMENT = ("keep", "table", "rows", "seen", "kept", "ring_keep", "slabs", "taken", "lengths")
 
 
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def _take(
-    keep, table, rows, seen, kept, ring_keep, slabs, taken, T, window, ring_pages, per_slab, columns,
+    keep, table, rows, seen, kept, ring_keep, slabs, taken, lengths, T, window, ring_pages, per_slab, columns,
     keep_stride_n, keep_stride_h, keep_stride_t, table_stride, ring_keep_stride, slabs_stride,
     Hkv: tl.constexpr, HKV_PAD: tl.constexpr, P: tl.constexpr, COUNTED: tl.constexpr, FILLED: tl.constexpr,
 ):  # fmt: skip
@@ -58,6 +61,8 @@ def _take(
     head = tl.arange(0, HKV_PAD)
     chain, exists = n * Hkv + head, head < Hkv
     position, used = tl.load(seen + n), tl.load(taken + n)
+    if lengths is not None:
+        T = tl.load(lengths + n)
 
     # New token j claims the ring's slot of position + j - window, and its pair leaves, if there ever was one.
     leaving = tl.zeros([HKV_PAD, COUNTED], tl.int32)
