@@ -47,6 +47,7 @@ _UNUSED_BY_CONTROLS = (
     "sinks",
 )
 _RETRIEVAL = "+retrieval"
+_WORDS = {"True": True, "False": False, "None": None}
 _LENGTHS = ("steps", "tokens", "tokens_per_parameter")
 
 
@@ -254,14 +255,14 @@ def find_run(name: str) -> Run:
     known = known_controls() | known_runs()
     if name in known:
         return known[name]
-    base, *settings = name.split()
+    base, *settings = name.split() or [""]
     if base not in known:
         raise ValueError(f"unknown run {base!r}; --suite NAME --list shows those of a suite")
     return known[base].with_changes(dict(map(parse_setting, settings)))
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
-    """Parse FIELD=VALUE; the value is JSON, True, False, or else a string.
+    """Parse FIELD=VALUE; the value is JSON, True, False, None, or else a string.
 
     Raises:
         ValueError: if the form is another.
@@ -270,7 +271,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
     if not equals:
         raise ValueError(f"{text!r} is not of the form FIELD=VALUE")
     try:
-        return name, json.loads(value.lower() if value in ("True", "False") else value)
+        return name, _WORDS[value] if value in _WORDS else json.loads(value)
     except json.JSONDecodeError:
         return name, value
 
@@ -285,7 +286,12 @@ def _lora(rank: int, budget: int, target: float) -> Run:
 
 
 def _settings(changes: dict[str, Any]) -> list[str]:
-    return [f"{name}={value}" for name, value in changes.items()]
+    return [f"{name}={_value(value)}" for name, value in changes.items()]
+
+
+def _value(value: Any) -> str:
+    """As `parse_setting` takes it, without spaces."""
+    return json.dumps(value, separators=(",", ":")) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _length(recipe: Recipe) -> str:

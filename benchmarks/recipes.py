@@ -296,8 +296,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--runs", nargs="+", default=[], metavar="NAME", help="of a suite, or a recipe's; also 'NAME FIELD=VALUE'"
     )
-    parser.add_argument("--controls", action="store_true", help="only the controls of these runs")
-    parser.add_argument("--alone", action="store_true", help="without controls, whose rows must be there already")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--controls", action="store_true", help="only the controls of these runs")
+    which.add_argument("--alone", action="store_true", help="without controls, whose rows must be there already")
     parser.add_argument(
         "--set",
         type=setting,

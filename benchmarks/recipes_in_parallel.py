@@ -24,6 +24,9 @@ from pathlib import Path
 from benchmarks.recipe_runs import SUITES, Run, control_of, find_run, with_controls
 from benchmarks.recipes import UNFINISHED
 
+# Options of `benchmarks.recipes` that say which runs there are, or what is done with them.
+_OF_ONE_PROCESS = ("--set", "--layouts", "--controls", "--alone", "--list", "--train-only", "--merge", "--seed")
+
 
 @dataclass
 class Job:
@@ -133,19 +136,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.recipes_in_parallel",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--gpus", type=int, required=True, help="the first of those that CUDA_VISIBLE_DEVICES names")
-    parser.add_argument("--at-once", type=int, default=1, help="runs that a GPU has at a time")
+    parser.add_argument(
+        "--at-once", type=int, default=1, help="runs that a GPU has at a time; set --training-batch-size"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--suite", choices=sorted(SUITES), action="append", default=[])
     parser.add_argument("--runs", nargs="+", default=[], metavar="NAME")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--time-limit", type=float, default=float("inf"), metavar="SECONDS")
     options, arguments = parser.parse_known_args(argv)
-    if "--set" in arguments:
-        parser.error("--set changes the names of runs; say --runs 'NAME FIELD=VALUE'")
-    if "--layouts" in arguments:
-        parser.error("--layouts adds runs; give it to benchmarks.recipes")
+    refused = [name for name in _OF_ONE_PROCESS if any(word.split("=")[0] == name for word in arguments)]
+    if refused:
+        parser.error(f"{', '.join(refused)}: give this to benchmarks.recipes; a setting may join a run's name here")
+    if options.at_once > 1 and not any(word.startswith("--training-batch-size") for word in arguments):
+        parser.error("--at-once needs --training-batch-size: what fits when a run starts need not fit beside another")
     try:
         runs = [run for name in options.suite for run in SUITES[name]()] + list(map(find_run, options.runs))
     except ValueError as error:

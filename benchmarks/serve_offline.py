@@ -7,10 +7,11 @@ read back from the cache, and a row with another density has no numbers. Three p
 
 - `tpot`: as many requests as the memory holds when dense, in both; a step is timed where each makes one token.
 - `full`: the same of self-pruned, with as many requests as the memory then holds.
-- `load`: more requests than fit, all queued at once; how many run at a time is up to the scheduler.
+- `load`: many requests, all queued at once; how many run at a time is up to the scheduler.
 
 Each engine runs in a process of its own (`benchmarks.serve_offline_engine`), under a time limit, and adds a row to the
-file after each phase. Whether tokens are right is tested elsewhere (`tests/serving`, on a GPU with `-m gpu`).
+file after each phase. Rows that the file has of another implementation stay, if commit, device and versions are ours.
+Whether tokens are right is tested elsewhere (`tests/serving`, on a GPU with `-m gpu`).
 
 It needs vLLM (`pip install 'spkv[vllm]'`) and, but for `--quick`, a GPU with 80 GB.
 """
@@ -73,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if result["device"] == "cpu":
         result["device"] = f"CPU, {platform.machine()}, {os.cpu_count()} cores"
     result |= {"engines": {}, "rows": []}
+    result = with_others(result, options)
     with tempfile.TemporaryDirectory() as folder:
         path = (options.json or Path(folder) / "rows.json").resolve()
         save(result, path)
@@ -131,8 +133,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--density must lie in (0, 1), not {options.density}")
     if options.full_requests is None:
         kept = options.density + (1 - options.density) * min(1.0, options.window / options.prompt_tokens)
-        options.full_requests = int(_FILLED * options.dense_requests / kept)
-    for name in ("dense_requests", "full_requests"):
+        options.full_requests = min(options.max_requests, int(_FILLED * options.dense_requests / kept))
+    if nothing := [one for one in options.implementations if not phases(one, options)]:
+        parser.error(f"of {', '.join(nothing)} the phase full would be tpot again; choose another")
+    for name in ("dense_requests", *["full_requests"] * ("full" in options.phases)):
         count, flag = getattr(options, name), name.replace("_", "-")
         if not 1 <= count < options.chunk:
             parser.error(f"--{flag} must be at least 1 and below --chunk, or else prompts wait for others' tokens")
@@ -144,6 +148,20 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def shape(options: argparse.Namespace) -> LlamaConfig:
     """The sizes of the model."""
     return QUICK_SHAPE if options.quick else SHAPE_8B
+
+
+def with_others(result: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Add to a result what the file has of other implementations, measured in the same circumstances."""
+    if options.json is None or not options.json.exists():
+        return result
+    other = json.loads(options.json.read_text(encoding="utf-8"))
+    if any(other.get(name) != result[name] for name in ("device", "commit", "versions")):
+        return result
+    mine = options.implementations
+    result["commands"] = [*other.get("commands", [other.get("command")]), result["command"]]
+    result["engines"] = {name: facts for name, facts in other["engines"].items() if name not in mine}
+    result["rows"] = [row for row in other["rows"] if row["implementation"] not in mine]
+    return result
 
 
 def phases(implementation: str, options: argparse.Namespace) -> list[str]:

@@ -18,18 +18,27 @@ _DECODER = "model."  # what checkpoints of the served families put before the na
 _PEFT = "base_model.model."  # what PEFT puts before all
 # Of PEFT's config: what would need more than W + scale * B @ A. `spkv adapt` uses none of it.
 _UNSUPPORTED = (
+    "alora_invocation_tokens",
     "alpha_pattern",
+    "arrow_config",
     "fan_in_fan_out",
+    "kasa_config",
     "layer_replication",
     "lora_bias",
     "modules_to_save",
+    "monteclora_config",
     "rank_pattern",
     "target_parameters",
     "trainable_token_indices",
+    "use_bdlora",
     "use_dora",
     "use_qalora",
     "use_rslora",
+    "velora_config",
 )
+# Other ways to start may change the base, too.
+_STARTS = (True, False, "gaussian")
+_PARTS = (".lora_A.weight", ".lora_B.weight")
 
 
 class Adapter:
@@ -49,14 +58,17 @@ class Adapter:
         if (directory / _CONFIG).is_file():
             config = json.loads((directory / _CONFIG).read_text(encoding="utf-8"))
             unsupported = [name for name in _UNSUPPORTED if config.get(name)]
-            if config["peft_type"] != "LORA" or config.get("bias", "none") != "none" or unsupported:
-                found = ", ".join(unsupported) or "type or bias"
+            unsupported += ["peft_type"] * (config["peft_type"] != "LORA")
+            unsupported += ["bias"] * (config.get("bias", "none") != "none")
+            unsupported += ["init_lora_weights"] * (config.get("init_lora_weights", True) not in _STARTS)
+            self.scale = config["lora_alpha"] / config["r"] if "r" in config else 0.0
+            self._lora = load_file(directory / _WEIGHTS)
+            unsupported += sorted(name for name in self._lora if not name.endswith(_PARTS))[:1]
+            if unsupported:
                 raise ValueError(
-                    f"{directory / _CONFIG} asks for more than plain LoRA ({found}); "
+                    f"the adapter in {directory} is more than plain LoRA ({', '.join(unsupported)}); "
                     "make a whole model of it: spkv.save(spkv.load(BASE, adapter=DIR), OUTPUT)"
                 )
-            self.scale = config["lora_alpha"] / config["r"]
-            self._lora = load_file(directory / _WEIGHTS)
 
     def merge(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Yield a base model's weights by their names in its checkpoint, those with LoRA changed, and in float32.
@@ -65,7 +77,7 @@ class Adapter:
             ValueError: if the base is another model, or has no weights that the adapter changes.
         """
         unseen = set(self.base["mean_magnitudes"])
-        left = {name.rsplit(".lora_", 1)[0] for name in self._lora}
+        left = {name.rpartition(".lora_")[0] for name in self._lora}
         for name, weight in weights:
             own = name.removeprefix(_DECODER)
             if own in unseen:
@@ -74,7 +86,7 @@ class Adapter:
             module = _PEFT + name.removesuffix(".weight")
             if module in left:
                 left.remove(module)
-                up, down = (self._lora[f"{module}.lora_{part}.weight"].float() for part in "BA")
+                down, up = (self._lora[module + part].float() for part in _PARTS)
                 weight = weight.float() + self.scale * (up @ down).to(weight.device)
             yield name, weight
         if unseen:

@@ -54,13 +54,14 @@ class _SelfPruned(nn.Module):
             attention.register_forward_pre_hook(decision, with_kwargs=True)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load the model's weights, with an adapter's if one was named, and the predictors from their own file.
-
-        vLLM may hand over the tensors of all safetensors files in the directory; the predictors' begin with "layers.".
-        """
+        """Load the model's weights, with an adapter's if one was named, and the predictors from their own file."""
         base: Any = super()
-        weights = (item for item in weights if not item[0].startswith("layers."))
-        loaded: set[str] = base.load_weights(weights if self.adapter is None else self.adapter.merge(weights))
+        if self.adapter is None:
+            # vLLM may hand over all safetensors files of the directory; the predictors' names begin with "layers.".
+            weights = (item for item in weights if not item[0].startswith("layers."))
+        else:
+            weights = self.adapter.merge(weights)
+        loaded: set[str] = base.load_weights(weights)
         return loaded | self._load_predictors()
 
     @torch.no_grad()

@@ -31,7 +31,11 @@ _REFUSED: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
     ),
     ("KV offloading", lambda c: c.cache_config.kv_offloading_size, "drop --kv-offloading-size"),
     ("a quantised KV cache", lambda c: c.cache_config.cache_dtype != "auto", "drop --kv-cache-dtype"),
-    ("LoRA", lambda c: c.lora_config, "merge the adapter into the model"),
+    (
+        "vLLM's own LoRA",
+        lambda c: c.lora_config,
+        'drop --enable-lora; an adapter by `spkv adapt` is named with --hf-overrides \'{"spkv_adapter": "DIR"}\'',
+    ),
 )
 # Of --additional-config, and of --hf-overrides.
 _DENSITY, _THRESHOLD = "spkv_density", "spkv_threshold"
@@ -56,11 +60,16 @@ class Settings:
 
         versions.check_version()
         model_config, cache_config = vllm_config.model_config, vllm_config.cache_config
+        options = read_options(vllm_config)
         stored = read_stored(model_file(model_config, CONFIG_FILE))
         check_features(vllm_config)
         versions.check_runner(vllm_config)
-        stored = with_options(stored, vllm_config.additional_config)
-        config = check_model(stored, model_config.hf_config, adapter_directory(model_config))
+        adapter = adapter_directory(model_config)
+        if adapter is not None:
+            check_base(vllm_config)
+            setattr(model_config.hf_config, _ADAPTER, str(adapter))
+        config = check_model(stored, model_config.hf_config, adapter)
+        stored = with_options(stored, options)
         model_config.hf_config.spkv = stored  # it travels to all processes
         vllm_config.kv_transfer_config = versions.connector_config()
         # On by default, and nobody's explicit wish can be told from that.
@@ -84,10 +93,36 @@ class BaseSettings:
         from spkv.serving import versions
 
         model_config = vllm_config.model_config
-        # On the hub this would be one more request for every model; there the architecture must be named.
-        if adapter_directory(model_config) or (Path(model_config.model) / CONFIG_FILE).is_file():
+        if _is_self_pruned(model_config):
             model_config.hf_config.architectures = [versions.ARCHITECTURES[model_config.architecture]]
             Settings.verify_and_update_config(vllm_config)
+        elif options := read_options(vllm_config):
+            raise ValueError(f"{', '.join(options)} given, but {model_config.model!r} is no self-pruned model")
+
+
+class OtherSettings:
+    """Called for models of the families that are not served self-pruned, which it refuses where that is asked for."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """Nothing to change."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        from spkv.serving import versions
+
+        model_config = vllm_config.model_config
+        if _is_self_pruned(model_config) or read_options(vllm_config):
+            served = ", ".join(versions.ARCHITECTURES)
+            raise ValueError(
+                f"self-pruned models of {model_config.architecture} cannot be served; those of {served} can"
+            )
+
+
+def _is_self_pruned(model_config: Any) -> bool:
+    # Of a model on the hub it would be one more request for every one; there the architecture must be named.
+    named = adapter_directory(model_config) is not None
+    return named or (Path(model_config.model) / CONFIG_FILE).is_file()
 
 
 def check_features(vllm_config: Any) -> None:
@@ -134,31 +169,70 @@ def adapter_directory(model_config: Any) -> Path | None:
         return None
     if not (Path(said) / CONFIG_FILE).is_file():
         raise FileNotFoundError(f"{_ADAPTER} {said!r} is no adapter: it holds no {CONFIG_FILE}")
-    return Path(said)
+    return Path(said).resolve()
 
 
-def with_options(stored: dict[str, Any], said: Any) -> dict[str, Any]:
-    """What a checkpoint says of itself, with the options in vLLM's `additional_config` in force.
+def read_options(vllm_config: Any) -> dict[str, Any]:
+    """The options in vLLM's `additional_config` that are ours.
+
+    Raises:
+        ValueError: for one that does not exist, there or in `hf_overrides`.
+    """
+    said = vllm_config.additional_config
+    options = {name: said[name] for name in said if name.startswith("spkv_")} if isinstance(said, dict) else {}
+    overrides = [name for name in vars(vllm_config.model_config.hf_config) if name.startswith("spkv_")]
+    unknown = sorted({*options, *overrides} - {_DENSITY, _THRESHOLD, _ADAPTER} | {*options} & {_ADAPTER})
+    if unknown:
+        raise ValueError(
+            f"unknown options {', '.join(unknown)}; there are {_DENSITY} and {_THRESHOLD} in --additional-config, and "
+            f"{_ADAPTER} in --hf-overrides"
+        )
+    return options
+
+
+def with_options(stored: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of itself, with options in force.
 
     The density measured in training belongs to the threshold that it was measured at.
 
     Raises:
-        ValueError: for an option that does not exist, or a value that is not allowed.
+        ValueError: for a value that is not allowed.
     """
-    options = (
-        {name: value for name, value in said.items() if name.startswith("spkv_")} if isinstance(said, dict) else {}
-    )
-    if unknown := sorted(set(options) - {_DENSITY, _THRESHOLD}):
-        raise ValueError(f"unknown options {', '.join(unknown)}; there are {_DENSITY} and {_THRESHOLD}")
     config, training = dict(stored["config"]), dict(stored["training"] or {})
-    if (threshold := options.get(_THRESHOLD)) is not None and check_threshold(threshold) != config["threshold"]:
-        config["threshold"] = threshold
-        training.pop("density", None)
-    if (density := options.get(_DENSITY)) is not None:
+    threshold, density = options.get(_THRESHOLD), options.get(_DENSITY)
+    if threshold is not None:
+        try:
+            check_threshold(threshold)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{_THRESHOLD}: {error}") from error
+        if threshold != config["threshold"]:
+            config["threshold"] = threshold
+            training.pop("density", None)
+    if density is not None:
         if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0.0 <= density <= 1.0:
             raise ValueError(f"{_DENSITY} must lie in [0, 1], not {density!r}")
         training["density"] = density
+    if training.get("density") is None:
+        logger.warning(
+            "No density is known at threshold %s: requests are admitted as if they kept every pair. Say %s.",
+            config["threshold"],
+            _DENSITY,
+        )
     return {**stored, "config": config, "training": training}
+
+
+def check_base(vllm_config: Any) -> None:
+    """Have vLLM read the base of an adapter as transformers names its weights, or raise a ValueError."""
+    model_config, load_config = vllm_config.model_config, vllm_config.load_config
+    if model_config.quantization is not None:
+        raise ValueError(
+            f"an adapter cannot be merged into weights quantised by {model_config.quantization}; "
+            "name the model that it was trained on"
+        )
+    if model_config.hf_config.model_type == "transformer":  # as vLLM calls what Mistral's own files describe
+        raise ValueError("an adapter needs the model's config as transformers writes it: add --config-format hf")
+    if load_config.load_format == "auto":  # which prefers Mistral's own names, where there are such files
+        load_config.load_format = "hf"
 
 
 def expected_density(vllm_config: Any) -> float:

@@ -51,6 +51,8 @@ def register() -> None:
         for base, ours in ARCHITECTURES.items():
             MODELS_CONFIG_MAP[ours] = settings.Settings
             MODELS_CONFIG_MAP.setdefault(base, settings.BaseSettings)
+        for other in ModelRegistry.get_supported_archs():
+            MODELS_CONFIG_MAP.setdefault(other, settings.OtherSettings)
     try:
         check_version()
     except ImportError:

@@ -76,11 +76,19 @@ def test_a_name_may_change_its_recipe():
     base = known_runs()["10M-d0.1"]
     assert find_run("10M-d0.1") == base
     assert find_run("10M-d0.1 window=32 freeze_model=True").recipe == base.recipe.replace(window=32, freeze_model=True)
-    for run in (base.with_changes({"freeze_model": True}), base.with_changes({"sequence_length": 2048})):
+    for name, value in [
+        ("freeze_model", True),
+        ("sequence_length", 2048),
+        ("target_density", None),
+        ("betas", [0.9, 0.99]),
+        ("gate_noise", 0.5),
+        ("regulariser_form", "linear"),
+    ]:
+        run = base.with_changes({name: value})
         assert find_run(run.name) == run
         assert find_run(control_of(run).name) == control_of(run)
-    for name in ("10M-d0.11", "11M-d0.1 window=32"):
-        with pytest.raises(ValueError, match=f"unknown run '{name.split()[0]}'"):
+    for name, base_name in [("10M-d0.11", "10M-d0.11"), ("11M-d0.1 window=32", "11M-d0.1"), ("", "")]:
+        with pytest.raises(ValueError, match=f"unknown run '{base_name}'"):
             find_run(name)
     with pytest.raises(ValueError, match="'window' is not of the form FIELD=VALUE"):
         find_run("10M-d0.1 window")
@@ -250,7 +258,7 @@ def test_packed_rows_score_as_the_trainer_scores_them(attached, work, tmp_path):
 
 
 def test_the_figure_has_a_line_a_budget():
-    row = {"model": "smollm2", "policy": "spkv", "evaluation_length": 4096}
+    row = {"model": "smollm2", "policy": "spkv", "evaluation_length": 4096, "seed": 0}
     rows = [
         {**row, "run": f"{budget}M-d{target:g}", "tokens": budget * 10**6, "threshold": threshold}
         | {"density": target / threshold / 2, "increase": 1e-4 / target}

@@ -62,7 +62,19 @@ def test_every_run_is_measured_once_after_its_control(finished, tmp_path, capsys
 
 def test_seeds_have_controls_of_their_own_and_gpus_are_those_that_are_visible(finished, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3,7")
-    arguments = ["--gpus", "2", "--at-once", "2", "--seeds", "0", "4", "--json", str(tmp_path / "f.json")]
+    arguments = [
+        "--gpus",
+        "2",
+        "--at-once",
+        "2",
+        "--training-batch-size",
+        "8",
+        "--seeds",
+        "0",
+        "4",
+        "--json",
+        str(tmp_path / "f.json"),
+    ]
     assert recipes_in_parallel.main([*arguments, "--runs", "20M-d0.1 window=32", "20M-d0.1"]) == 0
     names = [f"{name}-seed{seed}" for name in ("20M-d0.1 window=32", "20M-d0.1", "dense-20M") for seed in (0, 4)]
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["runs"] == dict.fromkeys(names, "done")
@@ -70,6 +82,12 @@ def test_seeds_have_controls_of_their_own_and_gpus_are_those_that_are_visible(fi
     assert {gpu for _, gpu in finished[:-1]} == {"5", "3"}
     with pytest.raises(SystemExit):
         recipes_in_parallel.main([*arguments, "--gpus", "4", "--runs", "20M-d0.1"])
+
+
+@pytest.mark.parametrize("options", [["--set=window=3"], ["--controls"], ["--merge", "f"], ["--at-once", "2"]])
+def test_options_that_would_go_wrong_are_refused(options, tmp_path):
+    with pytest.raises(SystemExit):
+        recipes_in_parallel.main(["--gpus", "1", "--runs", "20M-d0.1", "--json", str(tmp_path / "f.json"), *options])
 
 
 def test_a_run_trains_beside_its_control_and_is_measured_after_it(monkeypatch, tmp_path):

@@ -40,6 +40,21 @@ def test_the_memory_holds_the_longest_dense_requests():
     assert serve_offline.longest_request(eight_b) == 32_768 + 1024
 
 
+def test_rows_of_the_other_implementation_stay(tmp_path):
+    chosen = options("--implementations", "spkv", "--json", str(tmp_path / "f.json"))
+    new = {"device": "d", "commit": "c", "versions": {}, "command": "two", "engines": {}, "rows": []}
+    assert serve_offline.with_others(dict(new), chosen) == new
+    rows = [{"implementation": name} for name in ("dense", "spkv")]
+    chosen.json.write_text(json.dumps(new | {"command": "one", "engines": {"dense": 1, "spkv": 2}, "rows": rows}))
+    both = serve_offline.with_others(dict(new), chosen)
+    assert (both["engines"], both["rows"], both["commands"]) == ({"dense": 1}, rows[:1], ["one", "two"])
+    assert serve_offline.with_others(new | {"commit": "another"}, chosen)["rows"] == []
+
+
+def test_low_densities_fill_the_memory_as_far_as_the_engine_goes():
+    assert options("--density", "0.1", quick=False).full_requests == 64
+
+
 def test_of_dense_the_phase_full_would_be_tpot_again():
     assert serve_offline.phases("spkv", options("--phases", "load", "full")) == ["full", "load"]
     assert serve_offline.phases("dense", options("--phases", "load", "full")) == ["load"]
@@ -47,7 +62,14 @@ def test_of_dense_the_phase_full_would_be_tpot_again():
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--density", "0"], ["--chunk", "8"], ["--max-requests", "7"], ["--density", "1"], ["--full-requests", "65"]],
+    [
+        ["--density", "0"],
+        ["--chunk", "8"],
+        ["--max-requests", "7"],
+        ["--density", "1"],
+        ["--full-requests", "65"],
+        ["--implementations", "dense", "--phases", "full"],
+    ],
 )
 def test_options_that_cannot_be_measured_are_refused(arguments):
     with pytest.raises(SystemExit):

@@ -71,7 +71,12 @@ def test_more_than_plain_lora_is_refused(tiny_llama, tmp_path):
     save_lora(tiny_llama, tmp_path)
     file = tmp_path / "adapter_config.json"
     plain = json.loads(file.read_text())
-    for change, words in [({"use_dora": True}, "use_dora"), ({"bias": "all"}, "type or bias")]:
+    for change in ({"use_dora": True}, {"bias": "all"}, {"init_lora_weights": "pissa"}, {"peft_type": "LOHA"}):
         file.write_text(json.dumps(plain | change))
-        with pytest.raises(ValueError, match=rf"asks for more than plain LoRA \({words}\); make a whole model"):
+        with pytest.raises(ValueError, match=rf"more than plain LoRA \({next(iter(change))}\); make a whole model"):
             Adapter(tmp_path)
+    file.write_text(json.dumps(plain))
+    weights = tmp_path / "adapter_model.safetensors"
+    save_file({**load_file(weights), "embed.lora_embedding_A": torch.ones(1)}, weights)
+    with pytest.raises(ValueError, match=r"more than plain LoRA \(embed.lora_embedding_A\)"):
+        Adapter(tmp_path)

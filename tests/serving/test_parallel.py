@@ -1,8 +1,9 @@
 """Two workers of vLLM's, on the CPU, with half of the heads each or half of the layers, say what generate() says.
 
-    python test_parallel.py DIRECTORY OPTION PROMPTS OUTPUT
+    python test_parallel.py DIRECTORY OPTIONS PROMPTS OUTPUT
 
-writes the tokens of an engine with OPTION=2; it runs as a program, since vLLM's workers import what started them.
+writes the tokens of an engine with OPTIONS, in JSON; it runs as a program, since vLLM's workers import what started
+them.
 """
 
 import json
@@ -26,11 +27,11 @@ def prepare(worker):
     worker.model_runner.profile_run()
 
 
-def main(directory, option, prompts, output):
+def main(directory, options, prompts, output):
     import vllm
 
     llm = vllm.LLM(
-        directory, dtype="float32", max_model_len=512, max_num_seqs=4, max_num_batched_tokens=64, **{option: 2}
+        directory, dtype="float32", max_model_len=512, max_num_seqs=4, max_num_batched_tokens=64, **json.loads(options)
     )
     llm.collective_rpc(prepare)
     params = vllm.SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True)
@@ -38,17 +39,28 @@ def main(directory, option, prompts, output):
     Path(output).write_text(json.dumps([list(one.outputs[0].token_ids) for one in made]))
 
 
-@pytest.mark.parametrize("option", ["tensor_parallel_size", "pipeline_parallel_size"])
-def test_two_workers_say_what_generate_says(tmp_path, option):
+@pytest.mark.parametrize(
+    ("option", "adapted"),
+    [("tensor_parallel_size", False), ("tensor_parallel_size", True), ("pipeline_parallel_size", True)],
+)
+def test_two_workers_say_what_generate_says(tmp_path, option, adapted):
     pytest.importorskip("vllm")
     tiny = runpy.run_path(str(Path(__file__).with_name("tiny_checkpoint.py")))
-    tiny["write"](tmp_path, layers=(0, 2))  # the layer between keeps every pair; a stage has one or two
+    options = {option: 2}
+    if adapted:
+        tiny["write_base_and_adapter"](tmp_path, tmp_path / "adapter")
+        options |= {"hf_overrides": {"spkv_adapter": str(tmp_path / "adapter")}}
+        options |= {"additional_config": {"spkv_threshold": 0.7}}
+        model = spkv.load(tmp_path, adapter=tmp_path / "adapter", threshold=0.7)
+    else:
+        tiny["write"](tmp_path, layers=(0, 2))  # the layer between keeps every pair; a stage has one or two
+        model = spkv.load(tmp_path)
     rng = random.Random(0)
     prompts = [[1, *(rng.randrange(3, tiny["VOCABULARY"]) for _ in range(n - 1))] for n in (200, 60, 17, 130)]
-    model, expected = spkv.load(tmp_path), []
+    expected = []
     for prompt in prompts:
-        options = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, eos_token_id=None)
-        expected.append(model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist())
+        greedy = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, eos_token_id=None)
+        expected.append(model.generate(torch.tensor([prompt]), **greedy)[0, len(prompt) :].tolist())
     settings = dict(
         HF_HUB_OFFLINE="1",
         VLLM_CPU_KVCACHE_SPACE="1",
@@ -58,7 +70,7 @@ def test_two_workers_say_what_generate_says(tmp_path, option):
         VLLM_LOGGING_LEVEL="WARNING",
     )
     output = tmp_path / "tokens.json"
-    command = [sys.executable, __file__, str(tmp_path), option, json.dumps(prompts), str(output)]
+    command = [sys.executable, __file__, str(tmp_path), json.dumps(options), json.dumps(prompts), str(output)]
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(output.read_text()) == expected

@@ -39,7 +39,7 @@ def vllm_config(**changes):
         ({"kv_transfer_config": SimpleNamespace(kv_connector="NixlConnector")}, "disaggregated prefill"),
         ({"cache_config__kv_offloading_size": 4.0}, "KV offloading"),
         ({"cache_config__cache_dtype": "fp8"}, "a quantised KV cache"),
-        ({"lora_config": object()}, "LoRA"),
+        ({"lora_config": object()}, "vLLM's own LoRA .drop --enable-lora; an adapter"),
     ],
 )
 def test_features_that_are_off_are_refused(change, words):
@@ -82,35 +82,70 @@ def test_files_that_are_not_there_are_named(tmp_path):
     assert settings.model_file(plain, "anything") == tmp_path / "anything"
 
 
-def test_options_stand_in_for_what_the_checkpoint_says():
+def test_options_stand_in_for_what_the_checkpoint_says(caplog):
     stored = {"config": SPKVConfig(threshold=0.5).to_dict(), "base": None, "training": {"density": 0.3, "step": 7}}
 
-    def read(said):
-        hf_config = SimpleNamespace(spkv=settings.with_options(stored, said))
+    def read(options):
+        hf_config = SimpleNamespace(spkv=settings.with_options(stored, options))
         config = SimpleNamespace(model_config=SimpleNamespace(hf_config=hf_config))
         return settings.stored_config(config).threshold, settings.expected_density(config)
 
-    assert read({}) == read({"spkv_threshold": 0.5, "of_somebody_else": 1}) == read(object()) == (0.5, 0.3)
+    assert read({}) == read({"spkv_threshold": 0.5}) == (0.5, 0.3)
     assert read({"spkv_density": 0.4}) == (0.5, 0.4)
-    assert read({"spkv_threshold": 0.7}) == (0.7, 1.0)  # at which nothing was measured
     assert read({"spkv_threshold": 0.7, "spkv_density": 0}) == (0.7, 0.0)
+    assert not caplog.records
+    assert read({"spkv_threshold": 0.7}) == (0.7, 1.0)
+    assert "No density is known at threshold 0.7" in caplog.text
     assert stored["training"] == {"density": 0.3, "step": 7}
     stored["training"] = None
     assert read({}) == (0.5, 1.0)
 
 
 @pytest.mark.parametrize(
-    ("said", "words"),
+    ("options", "words"),
     [
         ({"spkv_density": 2}, r"spkv_density must lie in \[0, 1\], not 2"),
         ({"spkv_density": "0.3"}, r"spkv_density must lie in \[0, 1\], not '0.3'"),
-        ({"spkv_threshold": 1}, "threshold must lie strictly between 0 and 1, not 1"),
-        ({"spkv_treshold": 0.5}, "unknown options spkv_treshold; there are spkv_density and spkv_threshold"),
+        ({"spkv_threshold": 1}, "spkv_threshold: threshold must lie strictly between 0 and 1, not 1"),
+        ({"spkv_threshold": "0.5"}, "spkv_threshold: threshold must be a number in"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(said, words):
+def test_values_that_make_no_sense_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
-        settings.with_options({"config": {"threshold": 0.5}, "training": {}}, said)
+        settings.with_options({"config": {"threshold": 0.5}, "training": {}}, options)
+
+
+def test_options_are_told_from_others_and_misspelt_ones_refused():
+    def read(said, **overrides):
+        model_config = SimpleNamespace(hf_config=SimpleNamespace(hidden_size=8, **overrides))
+        return settings.read_options(SimpleNamespace(additional_config=said, model_config=model_config))
+
+    assert read({"spkv_density": 0.3, "of_somebody_else": 1}, spkv_adapter="x") == {"spkv_density": 0.3}
+    assert read(object()) == {}
+    for said, overrides, name in [
+        ({"spkv_treshold": 0.5}, {}, "spkv_treshold"),
+        ({"spkv_adapter": "x"}, {}, "spkv_adapter"),
+        ({}, {"spkv_adaptor": "x"}, "spkv_adaptor"),
+    ]:
+        with pytest.raises(ValueError, match=f"unknown options {name}; there are spkv_density and spkv_threshold in"):
+            read(said, **overrides)
+
+
+def test_the_base_of_an_adapter_is_read_by_the_names_that_transformers_has():
+    def check(quantization=None, model_type="llama", load_format="auto"):
+        config = SimpleNamespace(
+            model_config=SimpleNamespace(quantization=quantization, hf_config=SimpleNamespace(model_type=model_type)),
+            load_config=SimpleNamespace(load_format=load_format),
+        )
+        settings.check_base(config)
+        return config.load_config.load_format
+
+    assert check() == "hf"
+    assert check(load_format="safetensors") == "safetensors"
+    with pytest.raises(ValueError, match="quantised by fp8"):
+        check(quantization="fp8")
+    with pytest.raises(ValueError, match="add --config-format hf"):
+        check(model_type="transformer")
 
 
 def test_serving_does_without_the_transformers_integration():

@@ -23,6 +23,8 @@ if torch.cuda.is_available():
     # vLLM 0.26 serves self-pruned models with its first runner only; greedy tokens need no sampler that is compiled.
     os.environ.update(VLLM_USE_V2_MODEL_RUNNER="0", VLLM_USE_FLASHINFER_SAMPLER="0")
 
+from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
+
 import spkv  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # vLLM's, too
@@ -286,3 +288,25 @@ def test_what_is_off_is_refused(engine):
                 kv_connector_extra_config={"shared_storage_path": "/nonexistent"},
             )
         )
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "words"),
+    [
+        ("llama", {"hf_overrides": {"spkv_adaptor": "x"}}, "unknown options spkv_adaptor"),
+        ("llama", {"additional_config": {"spkv_density": 0.3}}, "spkv_density given, but .* is no self-pruned model"),
+        (
+            "phi",
+            {"additional_config": {"spkv_density": 0.3}},
+            "models of PhiForCausalLM cannot be served; those of Llama",
+        ),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(tmp_path, family, options, words):
+    config = AutoConfig.for_model(
+        family, vocab_size=99, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    TINY["write_tokenizer"](tmp_path)
+    with pytest.raises(ValueError, match=words):
+        vllm.LLM(str(tmp_path), max_model_len=64, **options)
