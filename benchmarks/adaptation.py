@@ -1,9 +1,14 @@
 """Throughput of adaptation beside dense training of the same model by the same trainer.
 
-The model has the shape of SmolLM2-135M and random weights, and the tokens are random: time does not depend on them.
-`dense` is the model as transformers runs it (SDPA, without gates or predictors); the others train it to prune.
+The model has the shape of SmolLM2-135M, or of Llama-3.2-1B, and random weights, and the tokens are random: time does
+not depend on them. `dense` is the model as transformers runs it (SDPA, without gates or predictors); the others train
+it to prune.
 
     python -m benchmarks.adaptation --json FILE
+    python -m benchmarks.adaptation --shape 1b --training full --attention triton --compile only
+    torchrun --nproc-per-node 2 -m benchmarks.adaptation --shape 1b --training full --attention triton --compile only
+
+Under torchrun the same step, 32,768 tokens in all, is divided among the GPUs.
 """
 
 from __future__ import annotations
@@ -13,11 +18,12 @@ import contextlib
 import functools
 import itertools
 import json
+import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +44,34 @@ from spkv.training.tokens import Tokens
 from spkv.training.trainer import AdaptationTrainer
 
 _WARM_UP_STEPS = 6
+_STEPS = 14
+_LORA_RANKS = {"full": None, "lora": 24}
+_COMPILED = {"no": (False,), "also": (False, True), "only": (True,)}
+_COMMON: dict[str, Any] = dict(max_position_embeddings=8192, tie_word_embeddings=True)
+SHAPES = {
+    "smollm2": LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+        **_COMMON,
+    ),
+    "1b": LlamaConfig(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        **_COMMON,
+    ),
+}
+"""SmolLM2-135M and Llama-3.2-1B."""
 
 
 class _StepTimes(TrainerCallback):
@@ -47,11 +81,11 @@ class _StepTimes(TrainerCallback):
         self.seconds: list[float] = []
 
     def on_step_begin(self, *arguments: Any, **keywords: Any) -> None:
-        torch.cuda.synchronize()
+        _finish()
         self._start = time.perf_counter()
 
     def on_step_end(self, *arguments: Any, **keywords: Any) -> None:
-        torch.cuda.synchronize()
+        _finish()
         self.seconds.append(time.perf_counter() - self._start)
 
 
@@ -65,36 +99,21 @@ def _gated_attention_by(name: str) -> Iterator[None]:
         spkv.hf.forward.gated_attention = original
 
 
-def smollm2_shape() -> LlamaForCausalLM:
-    """SmolLM2-135M with random weights, in float32."""
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
-    )
-    torch.manual_seed(0)
-    return LlamaForCausalLM(config)
+def _tokens(count: int, vocabulary: int) -> Tokens:
+    """A single document, since dense training attends across documents."""
+    tokens = np.random.default_rng(0).integers(5, vocabulary, count, dtype=np.uint32)
+    return Tokens(tokens, np.zeros(1, dtype=np.int64), "")
 
 
-def _tokens(count: int, document: int) -> Tokens:
-    generator = np.random.default_rng(0)
-    tokens = generator.integers(5, 49000, count, dtype=np.uint16)
-    return Tokens(tokens, np.arange(0, count, document, dtype=np.int64), "")
-
-
-def measure(recipe: Recipe, attention: str, batch_size: int, steps: int, compile: bool) -> dict[str, Any]:
+def measure(shape: LlamaConfig, recipe: Recipe, attention: str, compile: bool) -> dict[str, Any]:
     """Train for some steps; returns tokens a second and the milliseconds of the median step."""
-    base = smollm2_shape()
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(shape)
     if recipe.lora_rank is not None:
         base = base.to(torch.bfloat16)  # as `adapt` loads what LoRA leaves as it is
     model: Any = prepare_parameters(spkv.attach(base, recipe.config()), recipe)
-    rows = _tokens(4 * recipe.tokens_per_step, document=10**9)  # one document: dense training attends across documents
+    batch_size = recipe.tokens_per_step // recipe.sequence_length // gpus()
+    rows = _tokens(4 * recipe.tokens_per_step, shape.vocab_size)
     with tempfile.TemporaryDirectory() as output, contextlib.ExitStack() as stack:
         stack.enter_context(spkv.dense(model) if attention == "dense" else _gated_attention_by(attention))
         stack.enter_context(disable_input_dtype_casting(model, active=recipe.lora_rank is not None))
@@ -103,14 +122,15 @@ def measure(recipe: Recipe, attention: str, batch_size: int, steps: int, compile
         args = training_arguments(
             output,  # type: ignore[arg-type]
             recipe,
-            _WARM_UP_STEPS + steps,
+            recipe.total_steps(0),
             batch_size=batch_size,
-            accumulation=recipe.tokens_per_step // recipe.sequence_length // batch_size,
+            accumulation=1,
             save_every=10**9,
             log_every=10**9,
             seed=0,
             progress=False,
         )
+        args.save_strategy = "no"
         wanted = args.max_steps * recipe.tokens_per_step // recipe.sequence_length
         trainer = AdaptationTrainer(
             model, args, recipe, TrainingRows(PackedRows(rows, recipe.sequence_length), wanted, 0)
@@ -122,6 +142,7 @@ def measure(recipe: Recipe, attention: str, batch_size: int, steps: int, compile
     return {
         "attention": attention,
         "compiled": compile,
+        "gpus": gpus(),
         "batch_size": batch_size,
         "milliseconds_per_step": 1e3 * median,
         "tokens_per_second": recipe.tokens_per_step / median,
@@ -129,41 +150,76 @@ def measure(recipe: Recipe, attention: str, batch_size: int, steps: int, compile
     }
 
 
+def gpus() -> int:
+    """How many share a step: torchrun's processes."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def rows(
-    steps: int = 14, batch_size: int = 8, report: Callable[[dict[str, Any]], None] = print
+    shape: str = "smollm2",
+    trainings: Sequence[str] = tuple(_LORA_RANKS),
+    attentions: Sequence[str] = ("dense", "triton", "flex"),
+    compiled: Sequence[bool] = (False, True),
+    report: Callable[[dict[str, Any]], None] = print,
 ) -> list[dict[str, Any]]:
-    """Measure dense training and adaptation; each row names its share of the dense throughput."""
+    """Measure dense training and adaptation; each row names its share of the dense throughput, if that is measured."""
     found = []
-    for (training, lora_rank), compile in itertools.product((("full", None), ("LoRA", 24)), (False, True)):
+    for training, compile in itertools.product(trainings, compiled):
         dense = None
-        for attention in ("dense", "triton") if compile else ("dense", "triton", "flex"):
+        # What FlexAttention compiles is its own.
+        for attention in (one for one in attentions if not (compile and one == "flex")):
             name = "dense-control" if attention == "dense" else "fast"
             # The anneal and the hard phase cost the same; soft gates for all steps keep the steps alike.
-            changes: dict[str, Any] = dict(steps=_WARM_UP_STEPS + steps, soft_fraction=1.0, anneal_steps=0)
-            if lora_rank:
-                changes["lora_rank"] = lora_rank
-            torch.cuda.reset_peak_memory_stats()
-            row = {"training": training, **measure(get_recipe(name, **changes), attention, batch_size, steps, compile)}
-            dense = dense or row["tokens_per_second"]
-            row["versus_dense"] = row["tokens_per_second"] / dense
+            changes: dict[str, Any] = dict(steps=_WARM_UP_STEPS + _STEPS, soft_fraction=1.0, anneal_steps=0)
+            if (rank := _LORA_RANKS[training]) is not None:
+                changes["lora_rank"] = rank
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            measured = measure(SHAPES[shape], get_recipe(name, **changes), attention, compile)
+            row = {"shape": shape, "training": training, **measured}
+            dense = row["tokens_per_second"] if attention == "dense" else dense
+            row["versus_dense"] = None if dense is None else row["tokens_per_second"] / dense
             found.append(row)
             report(row)
             torch.cuda.empty_cache()
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _finish() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.adaptation",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--shape", choices=list(SHAPES), default="smollm2")
+    parser.add_argument("--training", nargs="+", choices=list(_LORA_RANKS), default=list(_LORA_RANKS))
+    attentions = ["dense", "triton", "flex"]
+    parser.add_argument("--attention", nargs="+", choices=attentions, default=attentions)
+    parser.add_argument("--compile", choices=list(_COMPILED), default="also", help="whether small operations are fused")
     parser.add_argument("--json", type=Path, help="file for the result")
     parser.add_argument("--commit", help="to record; default: what git says")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         sys.exit("the throughput of adaptation is measured on a CUDA device, and there is none here")
+    first = os.environ.get("RANK", "0") == "0"
+    if "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     result = environment("benchmarks.adaptation", options.commit, ("transformers", "peft"))
-    result["rows"] = rows(report=lambda row: print(row, file=sys.stderr, flush=True))
-    print(json.dumps(result))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+    def report(row: dict[str, Any]) -> None:
+        if first:
+            print(row, file=sys.stderr, flush=True)
+
+    result["rows"] = rows(options.shape, options.training, options.attention, _COMPILED[options.compile], report)
+    if first:
+        print(json.dumps(result))
+        if options.json:
+            options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

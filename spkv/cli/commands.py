@@ -168,6 +168,9 @@ def adapt(
     target_density: Annotated[
         float | None, typer.Option(help="Where the density should end, in (0, 1); default: the recipe's, 0.2 of fast.")
     ] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Latest tokens that are always kept; default: the recipe's, 128.")
+    ] = None,
     lora_rank: Annotated[
         int | None, typer.Option(help="Train LoRA of this rank and save an adapter; default: the recipe's.")
     ] = None,
@@ -206,6 +209,7 @@ def adapt(
 
         given = {
             "target_density": target_density,
+            "window": window,
             "lora_rank": lora_rank,
             "predictor_width": predictor_width,
             "tokens": tokens,
