@@ -7,6 +7,7 @@ Importing this module registers `spkv`; `spkv lm-eval` imports it and hands over
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,8 @@ from torch import Tensor
 import spkv
 from spkv.checkpoint import resolve_model
 from spkv.config import check_page_dtype
+
+logger = logging.getLogger("lm_eval.spkv")  # the harness sets up the loggers below its own
 
 
 @register_model("spkv")
@@ -60,6 +63,8 @@ class SPKVLM(HFLM):
 
         # The harness' command line says cuda:0 where nobody said anything.
         place = (device or "cuda") if torch.cuda.is_available() else "cpu"
+        if device is not None and torch.device(device).type != torch.device(place).type:
+            logger.warning("There is no CUDA device for %s: the model runs on the CPU.", device)
         model = spkv.load(pretrained, adapter=adapter, dtype=dtype, device=place, threshold=threshold)
         if page_dtype is not None:
             spkv.attachment(model).page_dtype = page_dtype

@@ -129,3 +129,15 @@ def test_arguments_that_exclude_each_other_are_named(model_path):
 
     with pytest.raises(ValueError, match="dense keeps every pair as it is"):
         SPKVLM(model_path, dense=True, threshold=0.3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is the device that is asked for")
+def test_a_device_that_is_not_there_is_told(model_path, caplog):
+    from spkv.evals.harness import SPKVLM
+
+    SPKVLM(model_path, device="cuda:3")
+    assert "There is no CUDA device for cuda:3: the model runs on the CPU." in caplog.text
+    caplog.clear()
+    SPKVLM(model_path, device="cpu")
+    SPKVLM(model_path)
+    assert "CUDA" not in caplog.text
