@@ -8,6 +8,12 @@ pair, which tells apart what pruning gains and what the plugin costs. Requests c
 prompts are cut from Python's own documentation. Before any timing, each server's greedy tokens are compared with
 the logits of the model in transformers.
 
+    python -m benchmarks.serve --model 8b --prompt-tokens 32768 --new-tokens 1024 --requests 32 --rates 0.5 2 \\
+        --dense-requests 8 --chunk 2048 --max-requests 64 --json FILE
+
+does so with Llama-3.1-8B's shape, random weights, and predictors set so that each head keeps `--density` of a text: on
+a GPU with 80 GB, and 20 GB of disk.
+
 It needs vLLM (`pip install 'spkv[vllm]'`), and runs on a CUDA device where there is one.
 """
 
@@ -16,6 +22,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import importlib.util
 import json
 import math
@@ -34,12 +41,14 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import spkv
 from benchmarks.from_scratch import byte_tokenizer, configuration
+from benchmarks.generate import SHAPE_8B
 from benchmarks.run import environment, save
 from benchmarks.serve_load import ServerError, arrivals, complete, cut_prompts, drive, httpx, summarise
+from benchmarks.serve_offline_model import calibrate
 from spkv.checkpoint import resolve_model
 from spkv.config import CONFIG_FILE, PREDICTOR_FILE, read_stored
 from spkv.hf.packaged import PACKAGED_MODELS
@@ -47,9 +56,17 @@ from spkv.hf.packaged import PACKAGED_MODELS
 IMPLEMENTATIONS = ("dense", "spkv", "open")
 _BLOCK = 128  # vLLM's own on a CPU; a multiple of the blocks of the others, so that none wastes memory
 _CHECKED_TOKENS = 16
+_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # How far below the best logit a chosen token's may lie: rounding decides between tokens that are as good.
 _TIE = {"float32": 1e-2, "bfloat16": 0.5, "float16": 0.1}
 _SECONDS_TO_START = 1200.0
+_CALIBRATED_TOKENS = 4096
+# Of a server on a GPU, where the caller's environment does not say otherwise.
+_SETTINGS = {
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the only one of 0.26 that self-pruned models run on; the same for dense
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # compiled when it is first used, and greedy tokens need none
+    "HF_HUB_OFFLINE": "1",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         result["device"] = f"CPU, {platform.machine()}, {os.cpu_count()} cores"
     with tempfile.TemporaryDirectory() as folder:
         result["rows"] = []
-        directories = prepare(options.model, Path(folder))
+        directories = prepare(options.model, Path(folder), options.density)
+        _free()
         for implementation in options.implementations:
             result["rows"] += measure(implementation, directories[implementation], options, Path(folder))
             save(result, options.json)
@@ -84,7 +102,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="smollm2", help="a packaged model, or a directory with a self-pruned one")
+    parser.add_argument(
+        "--model", default="smollm2", help="a packaged model, a directory with a self-pruned one, or 8b: see above"
+    )
+    parser.add_argument("--density", type=float, default=0.25, help="of 8b, past the window")
     parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
     parser.add_argument("--dtype", choices=_TIE, default="bfloat16" if torch.cuda.is_available() else "float32")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.1, 0.5], help="requests a second")
@@ -108,15 +129,18 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def prepare(model: str, folder: Path) -> dict[str, Path]:
+def prepare(model: str, folder: Path, density: float = 0.25) -> dict[str, Path]:
     """Make a directory for each implementation, with the same weights.
 
     Args:
-        model: a packaged model, "tiny" for one of random weights, or a directory with a self-pruned model.
+        model: a packaged model, "tiny" and "8b" for random weights, or a directory with a self-pruned model.
         folder: where to put them.
+        density: of "8b".
     """
     if model == "tiny":
         _write_tiny(folder / "spkv")
+    elif model == "8b":
+        write_shape(SHAPE_8B, folder / "spkv", density)
     elif model in PACKAGED_MODELS:
         spkv.save(spkv.load(model), folder / "spkv")
         AutoTokenizer.from_pretrained(resolve_model(model)).save_pretrained(folder / "spkv")
@@ -146,6 +170,21 @@ def _write_tiny(directory: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
+@torch.no_grad()
+def write_shape(shape: LlamaConfig, directory: Path, density: float) -> None:
+    """Write a model of random weights whose heads keep a share of a text past their windows; it reads bytes."""
+    torch.manual_seed(0)
+    tokenizer, device = byte_tokenizer(), torch.device(_DEVICE)
+    with device:
+        model = LlamaForCausalLM._from_config(shape, dtype=torch.bfloat16).eval()
+    spkv.attach(model, spkv.SPKVConfig(initial_bias=0.0))
+    text = tokenizer("\n".join(topics.values()), verbose=False).input_ids[:_CALIBRATED_TOKENS]
+    ids = torch.tensor([text], device=device)
+    calibrate(model, density, lambda: model(ids, use_cache=False, logits_to_keep=1))
+    spkv.save(model, directory, training={"density": density})
+    tokenizer.save_pretrained(directory)
+
+
 def measure(implementation: str, directory: Path, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Start a server, check what it says, and return its rows; one that fails has an error and no numbers."""
     kv_bytes = _kv_bytes(directory, options)
@@ -158,6 +197,7 @@ def measure(implementation: str, directory: Path, options: argparse.Namespace, f
             url = stack.enter_context(serve(directory, _server_arguments(directory, kv_bytes, options), folder))
             prompt = cut_prompts(text, min(options.prompt_tokens), 1, options.seed)[0]
             check(url, implementation, directory, prompt, options)
+            _free()
         except ServerError as failure:
             error = str(failure)
         for rate, length in cases:
@@ -206,14 +246,21 @@ def check(url: str, implementation: str, directory: Path, prompt: list[int], opt
     tokens = asyncio.run(ask())
     dtype = getattr(torch, options.dtype)
     if implementation == "dense":
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval().to(_DEVICE)
     else:
-        model = spkv.load(directory, dtype=dtype)
+        model = spkv.load(directory, dtype=dtype, device=_DEVICE)
+    ids = torch.tensor([prompt + tokens], device=_DEVICE)
     with torch.no_grad():
-        logits = model(torch.tensor([prompt + tokens]), use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-    behind = logits.max(1).values - logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        logits = model(ids, use_cache=False, logits_to_keep=len(tokens) + 1).logits[0, :-1].float()
+    behind = logits.max(1).values - logits.gather(1, ids[0, len(prompt) :, None])[:, 0]
     if behind.max() > _TIE[options.dtype]:
         raise ServerError(f"greedy tokens lie up to {behind.max():.3g} below the best logits in transformers")
+
+
+def _free() -> None:
+    """Leave the device to the server, which asks for nearly all of its memory."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _client(url: str) -> httpx.AsyncClient:
@@ -260,7 +307,10 @@ def serve(directory: Path, arguments: Sequence[str], folder: Path) -> Iterator[s
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host=127.0.0.1", f"--port={port}"]
     log = folder / f"{directory.name}.log"
     with log.open("w") as out:
-        process = subprocess.Popen([*command, *arguments], stdout=out, stderr=out, start_new_session=True)
+        environment = (_SETTINGS if _DEVICE == "cuda" else {}) | os.environ
+        process = subprocess.Popen(
+            [*command, *arguments], stdout=out, stderr=out, env=environment, start_new_session=True
+        )
     try:
         deadline = time.monotonic() + _SECONDS_TO_START
         while not _answers(url):

@@ -70,6 +70,24 @@ def stub(handler=Stub):
         server.server_close()
 
 
+def test_a_shape_is_written_whose_heads_keep_their_share(tmp_path):
+    from pydoc_data.topics import topics
+
+    from transformers import AutoTokenizer, LlamaConfig
+
+    shape = LlamaConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=8192,
+    )  # fmt: skip
+    serve.write_shape(shape, tmp_path, 0.25)
+    model = spkv.load(tmp_path, dtype=torch.float32)
+    ids = AutoTokenizer.from_pretrained(tmp_path)("\n".join(topics.values()), return_tensors="pt").input_ids[:, :3000]
+    with spkv.attachment(model).record() as record, torch.no_grad():
+        model(ids, use_cache=False)
+    for utility in record.utilities.values():
+        assert ((utility >= 0.5).float().mean(2) - 0.25).abs().max() < 0.08
+
+
 def drive(url, prompts, times, new_tokens=3):
     async def work():
         async with serve._client(url) as client:
