@@ -75,18 +75,20 @@ SHAPES = {
 
 
 class _StepTimes(TrainerCallback):
-    """Seconds of each step, the device's work included."""
+    """Seconds of each step, from the end of the one before; the device's work and fetching rows included."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
-    def on_step_begin(self, *arguments: Any, **keywords: Any) -> None:
-        _finish()
-        self._start = time.perf_counter()
+    def on_train_begin(self, *arguments: Any, **keywords: Any) -> None:
+        self._end = time.perf_counter()
 
     def on_step_end(self, *arguments: Any, **keywords: Any) -> None:
-        _finish()
-        self.seconds.append(time.perf_counter() - self._start)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds.append(now - self._end)
+        self._end = now
 
 
 @contextlib.contextmanager
@@ -105,14 +107,31 @@ def _tokens(count: int, vocabulary: int) -> Tokens:
     return Tokens(tokens, np.zeros(1, dtype=np.int64), "")
 
 
-def measure(shape: LlamaConfig, recipe: Recipe, attention: str, compile: bool) -> dict[str, Any]:
-    """Train for some steps; returns tokens a second and the milliseconds of the median step."""
+def measure(
+    shape: LlamaConfig, recipe: Recipe, attention: str, compile: bool, batch_size: int | None = None
+) -> dict[str, Any]:
+    """Train for some steps; returns tokens a second and the milliseconds of the median step.
+
+    Args:
+        shape: of the model.
+        recipe: says how many tokens a step has.
+        attention: "dense", or an implementation of `gated_attention`.
+        compile: fuse small operations.
+        batch_size: rows that a GPU computes at once; None: all of a step.
+
+    Raises:
+        ValueError: if a step's rows cannot be divided so.
+    """
+    step_rows = recipe.tokens_per_step // recipe.sequence_length
+    own_rows, left = divmod(step_rows, gpus())
+    batch_size = batch_size or own_rows
+    if left or not own_rows or own_rows % batch_size:
+        raise ValueError(f"{step_rows} rows of a step cannot be divided into {gpus()} x {batch_size}")
     torch.manual_seed(0)
     base = LlamaForCausalLM(shape)
     if recipe.lora_rank is not None:
         base = base.to(torch.bfloat16)  # as `adapt` loads what LoRA leaves as it is
     model: Any = prepare_parameters(spkv.attach(base, recipe.config()), recipe)
-    batch_size = recipe.tokens_per_step // recipe.sequence_length // gpus()
     rows = _tokens(4 * recipe.tokens_per_step, shape.vocab_size)
     with tempfile.TemporaryDirectory() as output, contextlib.ExitStack() as stack:
         stack.enter_context(spkv.dense(model) if attention == "dense" else _gated_attention_by(attention))
@@ -124,7 +143,7 @@ def measure(shape: LlamaConfig, recipe: Recipe, attention: str, compile: bool) -
             recipe,
             recipe.total_steps(0),
             batch_size=batch_size,
-            accumulation=1,
+            accumulation=own_rows // batch_size,
             save_every=10**9,
             log_every=10**9,
             seed=0,
@@ -160,6 +179,7 @@ def rows(
     trainings: Sequence[str] = tuple(_LORA_RANKS),
     attentions: Sequence[str] = ("dense", "triton", "flex"),
     compiled: Sequence[bool] = (False, True),
+    batch_size: int | None = None,
     report: Callable[[dict[str, Any]], None] = print,
 ) -> list[dict[str, Any]]:
     """Measure dense training and adaptation; each row names its share of the dense throughput, if that is measured."""
@@ -175,7 +195,7 @@ def rows(
                 changes["lora_rank"] = rank
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
-            measured = measure(SHAPES[shape], get_recipe(name, **changes), attention, compile)
+            measured = measure(SHAPES[shape], get_recipe(name, **changes), attention, compile, batch_size)
             row = {"shape": shape, "training": training, **measured}
             dense = row["tokens_per_second"] if attention == "dense" else dense
             row["versus_dense"] = None if dense is None else row["tokens_per_second"] / dense
@@ -183,11 +203,6 @@ def rows(
             report(row)
             torch.cuda.empty_cache()
     return found
-
-
-def _finish() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -201,6 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     attentions = ["dense", "triton", "flex"]
     parser.add_argument("--attention", nargs="+", choices=attentions, default=attentions)
     parser.add_argument("--compile", choices=list(_COMPILED), default="also", help="whether small operations are fused")
+    parser.add_argument("--batch-size", type=int, help="rows that a GPU computes at once; default: all of a step")
     parser.add_argument("--json", type=Path, help="file for the result")
     parser.add_argument("--commit", help="to record; default: what git says")
     options = parser.parse_args(argv)
@@ -215,7 +231,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if first:
             print(row, file=sys.stderr, flush=True)
 
-    result["rows"] = rows(options.shape, options.training, options.attention, _COMPILED[options.compile], report)
+    compiled = _COMPILED[options.compile]
+    result["rows"] = rows(
+        options.shape, options.training, options.attention, compiled, options.batch_size, report=report
+    )
     if first:
         print(json.dumps(result))
         if options.json:

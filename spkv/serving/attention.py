@@ -22,10 +22,13 @@ from vllm.v1.attention.backend import (
 
 from spkv.ops.triton import limits
 from spkv.serving import settings, versions
-from spkv.serving.chunks import Chunks, group
+from spkv.serving.chunks import Group, groups
 from spkv.serving.ledger import SlabSizes
 from spkv.serving.manager import SlabSpec
 from spkv.serving.slabs import SlabCache, Step
+
+# Of the queries: what the attention of prompts takes at most, for pairs and outputs, padded, and of far and near.
+_COPIES = 8
 
 
 @dataclass
@@ -34,13 +37,13 @@ class Batch(AttentionMetadata):  # type: ignore[misc]
 
     Attributes:
         single: how many, at the front, have one token only.
-        chunks: the others.
+        others: the other requests.
         first_slabs: [requests], what tells them.
         step: the cache's part in it; begun by the first layer, ended by the last.
     """
 
     single: int
-    chunks: list[Chunks]
+    others: list[Group]
     first_slabs: Tensor
     step: Step | None = None
 
@@ -66,7 +69,7 @@ class BatchBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         while single < requests and starts[single + 1] - starts[single] == 1:
             single += 1
         first_slabs = common_attn_metadata.block_table_tensor[:requests, 0]
-        return Batch(single, list(group(starts, single, first_slabs.device)), first_slabs)
+        return Batch(single, list(groups(starts, single, first_slabs.device)), first_slabs)
 
 
 class SlabBackend(versions.OneMemoryBackend, AttentionBackend):  # type: ignore[misc]
@@ -115,7 +118,8 @@ class SelfPrunedAttention(nn.Module, AttentionLayerBase):  # type: ignore[misc]
         batches = get_forward_context().attn_metadata
         if batches is None or self.cache is None:
             # vLLM measures memory: of activations without any batches, of CUDA graphs before there is a cache.
-            return out
+            del out
+            return torch.empty(_COPIES, *query.shape, dtype=query.dtype, device=query.device)[0].zero_()
         batch: Batch = batches[self.name]
         if batch.step is None:
             batch.step = self.cache.begin(batch.first_slabs)
@@ -126,10 +130,12 @@ class SelfPrunedAttention(nn.Module, AttentionLayerBase):  # type: ignore[misc]
         if n:
             new = [t[:n].unsqueeze(2) for t in (queries, keys, values, keeps)]
             outs[:n] = batch.step.attend(self.index, slice(0, n), *new, scale=self.scale)[:, :, 0]
-        for chunks in batch.chunks:
-            new = [chunks.side_by_side(t) for t in (queries, keys, values, keeps)]
-            attended = batch.step.attend(self.index, chunks.requests, *new, lengths=chunks.lengths, scale=self.scale)
-            outs[chunks.tokens] = chunks.one_after_another(attended)
+        for group in batch.others:
+            new = [group.side_by_side(t) for t in (queries, keys, values, keeps)]
+            attended = batch.step.attend(
+                self.index, group.requests, *new, lengths=group.lengths, valid=group.valid, scale=self.scale
+            )
+            outs[group.tokens] = group.one_after_another(attended)
         if self.index == self.cache.layers - 1:
             batch.step.end()
             batch.step = None

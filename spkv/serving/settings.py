@@ -40,6 +40,7 @@ _REFUSED: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
 # Of --additional-config, and of --hf-overrides.
 _DENSITY, _THRESHOLD = "spkv_density", "spkv_threshold"
 _ADAPTER = "spkv_adapter"
+_LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "dummy")
 
 
 class Settings:
@@ -101,7 +102,7 @@ class BaseSettings:
 
 
 class OtherSettings:
-    """Called for models of the families that are not served self-pruned, which it refuses where that is asked for."""
+    """Called for other models, but for those with settings of their own; refuses what would have no effect."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
@@ -169,7 +170,7 @@ def adapter_directory(model_config: Any) -> Path | None:
         return None
     if not (Path(said) / CONFIG_FILE).is_file():
         raise FileNotFoundError(f"{_ADAPTER} {said!r} is no adapter: it holds no {CONFIG_FILE}")
-    return Path(said).resolve()
+    return Path(said).absolute()
 
 
 def read_options(vllm_config: Any) -> dict[str, Any]:
@@ -180,12 +181,14 @@ def read_options(vllm_config: Any) -> dict[str, Any]:
     """
     said = vllm_config.additional_config
     options = {name: said[name] for name in said if name.startswith("spkv_")} if isinstance(said, dict) else {}
-    overrides = [name for name in vars(vllm_config.model_config.hf_config) if name.startswith("spkv_")]
-    unknown = sorted({*options, *overrides} - {_DENSITY, _THRESHOLD, _ADAPTER} | {*options} & {_ADAPTER})
+    overrides = [
+        name for name in getattr(vllm_config.model_config.hf_config, "__dict__", {}) if name.startswith("spkv_")
+    ]
+    unknown = sorted(({*options} - {_DENSITY, _THRESHOLD}) | ({*overrides} - {_ADAPTER}))
     if unknown:
         raise ValueError(
-            f"unknown options {', '.join(unknown)}; there are {_DENSITY} and {_THRESHOLD} in --additional-config, and "
-            f"{_ADAPTER} in --hf-overrides"
+            f"no such options there: {', '.join(unknown)}; "
+            f"there are {_DENSITY} and {_THRESHOLD} in --additional-config, and {_ADAPTER} in --hf-overrides"
         )
     return options
 
@@ -231,6 +234,11 @@ def check_base(vllm_config: Any) -> None:
         )
     if model_config.hf_config.model_type == "transformer":  # as vLLM calls what Mistral's own files describe
         raise ValueError("an adapter needs the model's config as transformers writes it: add --config-format hf")
+    if load_config.load_format not in _LOAD_FORMATS:
+        raise ValueError(
+            f"an adapter is merged into weights as they are loaded, which --load-format {load_config.load_format} "
+            f"does not show; those that do are {', '.join(_LOAD_FORMATS)}"
+        )
     if load_config.load_format == "auto":  # which prefers Mistral's own names, where there are such files
         load_config.load_format = "hf"
 

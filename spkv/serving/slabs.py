@@ -115,6 +115,7 @@ class Step:
         keep: Tensor,
         *,
         lengths: Tensor | None = None,
+        valid: Tensor | None = None,
         scale: float,
     ) -> Tensor:
         """Write new pairs and return the attention of their queries against everything visible.
@@ -123,15 +124,14 @@ class Step:
             layer: 0 to layers - 1.
             requests: N of the step's.
             query: [N, H, T, D]; key, value: [N, Hkv, T, D]; keep: [N, Hkv, T] bool.
-            lengths: [N] int32, the tokens of each, which what follows them is padding of; None: all have T.
+            lengths: [N] int32, how many tokens each has; the rest of its T is padding. None: all have T.
+            valid: [N, T] bool, the same as a mask.
             scale: factor on the scores.
 
         Returns:
-            [N, H, T, D]; zeros at padding.
+            [N, H, T, D]; what stands at padding means nothing.
         """
-        packed, valid = self.layer(layer, requests), None
-        if lengths is not None:
-            valid = torch.arange(query.shape[2], device=query.device) < lengths[:, None]
+        packed = self.layer(layer, requests)
         # What can count pages can take them.
         if limits.count_pages({"packed": packed}) is None:
             from spkv.ops.triton.slabs import take_pages

@@ -51,12 +51,14 @@ def register() -> None:
         for base, ours in ARCHITECTURES.items():
             MODELS_CONFIG_MAP[ours] = settings.Settings
             MODELS_CONFIG_MAP.setdefault(base, settings.BaseSettings)
-        for other in ModelRegistry.get_supported_archs():
-            MODELS_CONFIG_MAP.setdefault(other, settings.OtherSettings)
     try:
         check_version()
     except ImportError:
         return
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    for other in ModelRegistry.get_supported_archs():
+        MODELS_CONFIG_MAP.setdefault(other, settings.OtherSettings)
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 

@@ -54,6 +54,14 @@ def test_the_1b_shape_has_the_parameters_of_llama_3_2():
     assert total == 1_235_814_400
 
 
+def test_rows_that_cannot_be_divided_are_refused(short_steps, monkeypatch):
+    (row,) = adaptation.rows("smollm2", ["full"], ["reference"], [False], 1, report=lambda row: None)
+    assert row["batch_size"] == 1
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="2 rows of a step cannot be divided into 3 x"):
+        adaptation.rows("smollm2", ["full"], ["reference"], [False])
+
+
 def test_torchrun_says_how_many_share_a_step(monkeypatch):
     assert adaptation.gpus() == 1
     monkeypatch.setenv("WORLD_SIZE", "4")

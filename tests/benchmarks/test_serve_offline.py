@@ -40,15 +40,25 @@ def test_the_memory_holds_the_longest_dense_requests():
     assert serve_offline.longest_request(eight_b) == 32_768 + 1024
 
 
-def test_rows_of_the_other_implementation_stay(tmp_path):
+def test_rows_of_the_other_implementation_stay_if_they_were_measured_alike(tmp_path):
     chosen = options("--implementations", "spkv", "--json", str(tmp_path / "f.json"))
-    new = {"device": "d", "commit": "c", "versions": {}, "command": "two", "engines": {}, "rows": []}
-    assert serve_offline.with_others(dict(new), chosen) == new
+
+    def new(**changes):
+        found = {"device": "d", "commit": "c", "versions": {}, "settings": {"steps": 3}, "engines": {}, "rows": []}
+        return found | {"command": "two"} | changes
+
+    alone = serve_offline.with_others(new(), chosen)
+    assert (alone["commands"], alone["rows"]) == ({"spkv": "two"}, [])
     rows = [{"implementation": name} for name in ("dense", "spkv")]
-    chosen.json.write_text(json.dumps(new | {"command": "one", "engines": {"dense": 1, "spkv": 2}, "rows": rows}))
-    both = serve_offline.with_others(dict(new), chosen)
-    assert (both["engines"], both["rows"], both["commands"]) == ({"dense": 1}, rows[:1], ["one", "two"])
-    assert serve_offline.with_others(new | {"commit": "another"}, chosen)["rows"] == []
+    stored = alone | {"commands": {"dense": "one", "spkv": "old"}, "engines": {"dense": 1, "spkv": 2}, "rows": rows}
+    chosen.json.write_text(json.dumps(stored))
+    both = serve_offline.with_others(new(), chosen)
+    assert (both["engines"], both["rows"]) == ({"dense": 1}, rows[:1])
+    assert both["commands"] == {"dense": "one", "spkv": "two"}
+    with pytest.raises(ValueError, match="holds rows with other commit, settings; choose another file"):
+        serve_offline.with_others(new(commit="another", settings={"steps": 4}), chosen)
+    chosen.json.write_text(json.dumps(stored | {"rows": rows[1:]}))
+    assert serve_offline.with_others(new(commit="another"), chosen)["rows"] == []
 
 
 def test_low_densities_fill_the_memory_as_far_as_the_engine_goes():

@@ -126,8 +126,11 @@ def test_options_are_told_from_others_and_misspelt_ones_refused():
         ({"spkv_treshold": 0.5}, {}, "spkv_treshold"),
         ({"spkv_adapter": "x"}, {}, "spkv_adapter"),
         ({}, {"spkv_adaptor": "x"}, "spkv_adaptor"),
+        ({}, {"spkv_threshold": 0.7}, "spkv_threshold"),
     ]:
-        with pytest.raises(ValueError, match=f"unknown options {name}; there are spkv_density and spkv_threshold in"):
+        with pytest.raises(
+            ValueError, match=f"no such options there: {name}; there are spkv_density and spkv_threshold in"
+        ):
             read(said, **overrides)
 
 
@@ -142,6 +145,8 @@ def test_the_base_of_an_adapter_is_read_by_the_names_that_transformers_has():
 
     assert check() == "hf"
     assert check(load_format="safetensors") == "safetensors"
+    with pytest.raises(ValueError, match="which --load-format tensorizer does not show"):
+        check(load_format="tensorizer")
     with pytest.raises(ValueError, match="quantised by fp8"):
         check(quantization="fp8")
     with pytest.raises(ValueError, match="add --config-format hf"):

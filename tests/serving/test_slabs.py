@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from spkv.cache.dense import DenseCache
-from spkv.serving.chunks import group
+from spkv.serving.chunks import groups
 from spkv.serving.ledger import Ledger, Orders, SlabSizes
 from spkv.serving.slabs import SlabCache, UseReader
 
@@ -51,17 +51,18 @@ def test_random_schedules_equal_the_dense_cache(window, slab_tokens, late):
         first_slabs = torch.tensor([held[name][0] for name in batch], dtype=torch.int32)
         step = cache.begin(first_slabs)
         starts = [0, *itertools.accumulate(batch.values())]
-        groups = list(group(starts, 0, torch.device("cpu")))
-        side_by_side += sum(chunks.lengths is not None for chunks in groups)
+        together = list(groups(starts, 0, torch.device("cpu")))
+        side_by_side += sum(group.lengths is not None for group in together)
         for layer in range(LAYERS):
             query = torch.randn(starts[-1], HEADS, D)
             key, value = torch.randn(2, starts[-1], KV_HEADS, D)
             keep = torch.rand(starts[-1], KV_HEADS) < rng.choice([0.1, 0.5, 1.0])
             out = torch.empty_like(query)
-            for chunks in groups:
-                new = [chunks.side_by_side(tensor) for tensor in (query, key, value, keep)]
-                attended = step.attend(layer, chunks.requests, *new, lengths=chunks.lengths, scale=D**-0.5)
-                out[chunks.tokens] = chunks.one_after_another(attended)
+            for group in together:
+                new = [group.side_by_side(tensor) for tensor in (query, key, value, keep)]
+                padding = dict(lengths=group.lengths, valid=group.valid)
+                attended = step.attend(layer, group.requests, *new, **padding, scale=D**-0.5)
+                out[group.tokens] = group.one_after_another(attended)
             for name, start, end in zip(batch, starts, starts[1:], strict=False):
                 one = (tensor[start:end].transpose(0, 1)[None] for tensor in (query, key, value, keep))
                 expected = oracles[name].attend(layer, *one, scale=D**-0.5)

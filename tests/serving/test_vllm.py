@@ -293,7 +293,7 @@ def test_what_is_off_is_refused(engine):
 @pytest.mark.parametrize(
     ("family", "options", "words"),
     [
-        ("llama", {"hf_overrides": {"spkv_adaptor": "x"}}, "unknown options spkv_adaptor"),
+        ("llama", {"hf_overrides": {"spkv_adaptor": "x"}}, "no such options there: spkv_adaptor"),
         ("llama", {"additional_config": {"spkv_density": 0.3}}, "spkv_density given, but .* is no self-pruned model"),
         (
             "phi",
