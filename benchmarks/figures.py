@@ -222,6 +222,40 @@ def serving_figure(result: dict[str, Any]) -> Figure:
     return figure
 
 
+def offline_serving_figure(result: dict[str, Any]) -> Figure:
+    """What vLLM's engine does with the same memory on a GPU, dense and self-pruned.
+
+    `result` is what `benchmarks.serve_offline` writes.
+    """
+    rows = {(row["implementation"], row["phase"]): row for row in result["rows"]}
+    dense, pruned, full = rows["dense", "tpot"], rows["spkv", "tpot"], rows["spkv", "full"]
+    loads = [rows[name, "load"] for name in ("dense", "spkv")]
+    panels = (
+        (f"{dense['requests']} requests: ms a step", [dense["tpot_ms_median"], pruned["tpot_ms_median"]], "{:.1f}"),
+        ("requests that fill the memory", [dense["requests"], full["requests"]], "{}"),
+        ("tokens / s, memory full", [dense["tokens_per_second"], full["tokens_per_second"]], "{:,.0f}"),
+        (
+            f"tokens / s, {loads[0]['requests']} requests\nof {loads[0]['new_tokens']:,} tokens, prompts included",
+            [row["tokens_per_second"] for row in loads],
+            "{:,.0f}",
+        ),
+    )
+    figure = Figure(figsize=(9, 2.9), layout="constrained")
+    figure.suptitle(
+        f"{dense['model']}, prompts of {dense['prompt_tokens']:,} tokens, density {full['density']:.2f}, "
+        f"{result['device']}, {dense['kv_bytes'] / 1e9:.1f} GB of KV",
+        fontsize="medium",
+    )
+    for axes, (title, values, text) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        bars = axes.bar(["dense", "self-pruned"], values, 0.6, color=["C0", "C1"])
+        axes.bar_label(bars, [text.format(value) for value in values], fontsize="small")
+        axes.set_title(title, fontsize="small")
+        axes.set_yticks([])
+        axes.margins(y=0.15)
+        axes.tick_params(labelsize="small")
+    return figure
+
+
 def evaluation_figure(result: dict[str, Any]) -> Figure:
     """Loss over the dense model of the tokens after a context, and RULER's mean score, for each method.
 
@@ -292,6 +326,7 @@ def main() -> None:
         ("generation", "generate", generation_figure),
         ("frontier", "frontier", frontier_figure),
         ("serving", "serve", serving_figure),
+        ("serving-gpu", "serve-offline", offline_serving_figure),
         ("evaluation", "evaluation", evaluation_figure),
     ):
         path = RESULTS / f"{results}.json"

@@ -14,6 +14,7 @@ import torch
 
 import spkv
 from benchmarks import serve_offline, serve_offline_engine, serve_offline_model
+from benchmarks.figures import RESULTS, offline_serving_figure
 from benchmarks.serve_load import Reply
 from benchmarks.serve_offline_engine import Run
 from spkv.config import read_stored
@@ -242,6 +243,13 @@ def test_an_engine_that_fails_leaves_its_reason(tmp_path, monkeypatch, capsys):
     (row,) = json.loads(path.read_text())["rows"]
     assert (row["implementation"], row["phase"], row["error"]) == ("spkv", "load", "ValueError: no memory")
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_the_figure_shows_what_is_in_the_docs():
+    result = json.loads((RESULTS / "serve-offline.json").read_text())
+    axes = offline_serving_figure(result).axes
+    shown = [[text.get_text() for text in panel.texts] for panel in axes]
+    assert shown == [["12.5", "7.8"], ["8", "28"], ["642", "2,087"], ["440", "922"]]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
