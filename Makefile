@@ -13,7 +13,8 @@ demo: install
 
 test: install lint types
 	$(BIN)/pytest -n auto --dist worksteal
-	TRITON_INTERPRET=1 $(BIN)/pytest -n auto --dist worksteal tests/ops/test_triton_*.py tests/cache -k 'triton or slabs'
+	TRITON_INTERPRET=1 $(BIN)/pytest -n auto --dist worksteal tests/ops/test_triton_*.py tests/cache \
+		tests/serving/test_slabs.py::test_random_schedules_equal_the_dense_cache -k 'triton or slabs'
 
 test-serving: .venv-serving/installed
 	.venv-serving/bin/pytest tests/serving tests/benchmarks/test_serve.py tests/benchmarks/test_serve_offline.py
