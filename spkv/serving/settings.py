@@ -43,12 +43,16 @@ _ADAPTER = "spkv_adapter"
 _LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "dummy")
 
 
-class Settings:
-    """vLLM calls these when it has put together the configuration of one of our models."""
+class _Hooks:
+    """What vLLM calls when it has put together a configuration; all is done in `verify_and_update_config`."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
         """Nothing to change."""
+
+
+class Settings(_Hooks):
+    """Called for our own models."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
@@ -82,12 +86,8 @@ class Settings:
         versions.choose_execution(vllm_config)
 
 
-class BaseSettings:
+class BaseSettings(_Hooks):
     """As `Settings`, called for every model of a family, and does so if it is self-pruned or an adapter is named."""
-
-    @staticmethod
-    def verify_and_update_model_config(model_config: Any) -> None:
-        """Nothing to change."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
@@ -101,12 +101,8 @@ class BaseSettings:
             raise ValueError(f"{', '.join(options)} given, but {model_config.model!r} is no self-pruned model")
 
 
-class OtherSettings:
+class OtherSettings(_Hooks):
     """Called for other models, but for those with settings of their own; refuses what would have no effect."""
-
-    @staticmethod
-    def verify_and_update_model_config(model_config: Any) -> None:
-        """Nothing to change."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import spkv
-from benchmarks import serve, serve_load
+from benchmarks import serve, serve_load, serve_models
 from benchmarks.figures import RESULTS, serving_figure
 
 METRICS = """# HELP vllm:num_requests_running Number of requests in model execution batches.
@@ -79,7 +79,7 @@ def test_a_shape_is_written_whose_heads_keep_their_share(tmp_path):
         vocab_size=300, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=8192,
     )  # fmt: skip
-    serve.write_shape(shape, tmp_path, 0.25)
+    serve_models.write_shape(shape, tmp_path, 0.25)
     model = spkv.load(tmp_path, dtype=torch.float32)
     ids = AutoTokenizer.from_pretrained(tmp_path)("\n".join(topics.values()), return_tensors="pt").input_ids[:, :3000]
     with spkv.attachment(model).record() as record, torch.no_grad():
@@ -148,7 +148,7 @@ def test_a_row_holds_the_rates_and_the_waits():
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory):
-    return serve.prepare("tiny", tmp_path_factory.mktemp("models"))
+    return serve_models.prepare("tiny", tmp_path_factory.mktemp("models"))
 
 
 def test_the_three_models_have_the_same_weights_and_other_gates(directories):
