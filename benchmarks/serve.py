@@ -282,6 +282,7 @@ def line(row: dict[str, Any]) -> str:
         f"(p90 {row['ttft_ms_p90']:.0f}), TPOT {row['tpot_ms_median']:.0f} ms (p90 {row['tpot_ms_p90']:.0f}), "
         f"in flight {row['in_flight_mean']:.1f} (most {row['in_flight_max']:.0f}), "
         f"KV {row['kv_use_mean']:.0%} (most {row['kv_use_max']:.0%}), preempted {row['preemptions']}"
+        + (f", {row['kept_fraction_mean']:.2f} of a dense cache" if row["kept_fraction_mean"] is not None else "")
     )
 
 

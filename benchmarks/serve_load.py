@@ -26,6 +26,9 @@ _GAUGES = {
     "waiting": "vllm:num_requests_waiting",
     "kv_use": "vllm:kv_cache_usage_perc",
     "preemptions": "vllm:num_preemptions_total",
+    # Of a self-pruned model's server alone; elsewhere they stay 0.
+    "slabs_used": "vllm:spkv_slabs_used",
+    "slabs_dense": "vllm:spkv_slabs_dense",
 }
 
 
@@ -155,6 +158,7 @@ def summarise(replies: Sequence[Reply], samples: Sequence[dict[str, float]]) -> 
     """The numbers of a row: of all requests together, over requests, and over time."""
     seconds = max(reply.last for reply in replies) - min(reply.sent for reply in replies)
     between = samples[1:-1] or samples  # the first and the last were taken at rest
+    held = [sample["slabs_used"] / sample["slabs_dense"] for sample in between if sample.get("slabs_dense")]
     return {
         "seconds": seconds,
         "tokens_per_second": sum(len(reply.tokens) for reply in replies) / seconds,
@@ -165,6 +169,7 @@ def summarise(replies: Sequence[Reply], samples: Sequence[dict[str, float]]) -> 
             for name in ("in_flight", "waiting", "kv_use")
             for kind, of in (("mean", np.mean), ("max", np.max))
         },
+        "kept_fraction_mean": float(np.mean(held)) if held else None,
         "preemptions": int(samples[-1]["preemptions"] - samples[0]["preemptions"]),
     }
 

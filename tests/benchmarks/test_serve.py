@@ -24,6 +24,9 @@ vllm:num_requests_waiting{engine="0"} 0.0
 vllm:num_requests_waiting_by_reason{engine="0",reason="capacity"} 5.0
 vllm:kv_cache_usage_perc{engine="0"} 0.25
 vllm:num_preemptions_total{engine="0"} 7.0
+vllm:spkv_slabs_used{engine="0"} 3.0
+vllm:spkv_slabs_dense{engine="0"} 8.0
+vllm:spkv_slabs_dense{engine="1"} 4.0
 """
 
 
@@ -120,7 +123,8 @@ def test_replies_and_gauges_are_read_from_the_server():
     assert 0.6 < replies[1].sent - replies[0].sent < 5
     assert all(reply.sent < reply.first <= reply.last for reply in replies)
     assert len(samples) > 2
-    assert samples[-1] == {"in_flight": 3.0, "waiting": 0.0, "kv_use": 0.25, "preemptions": 7.0}
+    expected = dict(in_flight=3.0, waiting=0.0, kv_use=0.25, preemptions=7.0, slabs_used=3.0, slabs_dense=12.0)
+    assert samples[-1] == expected
 
 
 def test_failures_say_what_the_server_said():
@@ -144,6 +148,10 @@ def test_a_row_holds_the_rates_and_the_waits():
     assert row["ttft_ms_median"] == row["ttft_ms_p90"] == pytest.approx(500)
     assert row["tpot_ms_median"] == pytest.approx(500)
     assert (row["in_flight_mean"], row["in_flight_max"], row["kv_use_mean"], row["preemptions"]) == (3, 4, 0.75, 1)
+    assert row["kept_fraction_mean"] is None  # a server that counts no slabs
+    slabs = [dict(slabs_used=n, slabs_dense=2 * n) for n in range(len(samples))]
+    samples = [sample | more for sample, more in zip(samples, slabs, strict=True)]
+    assert serve_load.summarise(replies, samples)["kept_fraction_mean"] == 0.5
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +208,7 @@ def test_vllm_serves_the_tiny_model(tmp_path):
     (row,) = json.loads((tmp_path / "serve.json").read_text())["rows"]
     assert row["tokens_per_second"] > 0
     assert 0 < row["kv_use_max"] <= 1
+    assert 0 < row["kept_fraction_mean"] <= 1
 
 
 def test_the_committed_rows_agree_with_themselves_and_can_be_drawn():
