@@ -24,6 +24,8 @@ from spkv.evals.tasks import GROUPS
 RESULTS = Path(__file__).parent / "results"
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 THRESHOLD = 0.5
+WIDE = " window=512"
+"""What runs with a wider window have in their names."""
 _METHODS = {
     "spkv": "self-pruned",
     "h2o": "H2O",
@@ -158,10 +160,13 @@ def frontier_figure(result: dict[str, Any], model: str = "smollm2") -> Figure:
     """Loss over the dense control against density, for each budget of training tokens.
 
     `result` is what `benchmarks.recipes --suite frontier` writes. Lines join the runs at the threshold that they were
-    trained for; the small points are the same models at other thresholds, and other seeds.
+    trained for; the small points are the same models at other thresholds, and other seeds. Squares are runs with a
+    wider window.
     """
     names = {run.name for run in frontier()}
-    rows = [r for r in result["rows"] if r["model"] == model and r["run"] in names and r["policy"] == "spkv"]
+    pruned = [row for row in result["rows"] if row["model"] == model and row["policy"] == "spkv"]
+    rows = [row for row in pruned if row["run"] in names]
+    wide = [row for row in pruned if row["run"].removesuffix(WIDE) in names - {row["run"]}]
     budgets = sorted({row["tokens"] for row in rows})
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -172,6 +177,10 @@ def frontier_figure(result: dict[str, Any], model: str = "smollm2") -> Figure:
         label = f"{budget / 1e6:.0f} M tokens"
         axes.plot(*_costs(trained_for), "o-", color=colour, label=label)
         axes.plot(*_costs(others), ".", color=colour, markersize=4, alpha=0.5)
+        wider = [row for row in wide if row["tokens"] == budget and row["threshold"] == THRESHOLD]
+        axes.plot(*_costs(wider), "s", color=colour, markersize=6)
+    if wide:
+        axes.plot([], [], "s", color="grey", label=WIDE.strip().replace("=", " "))
     for density, increase, label in PUBLISHED:
         axes.plot(density, increase, "k*", markersize=11)
         axes.annotate(label, (density, increase), (6, 6), textcoords="offset points", fontsize="x-small")
