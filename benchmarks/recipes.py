@@ -190,7 +190,7 @@ class Suite:
         directory = self._directory(run)
         options: dict[str, Any] = {"dtype": torch.float32}
         if not run.recipe.is_control:
-            if run.recipe.lora_rank is None:
+            if not run.recipe.makes_adapter:
                 return spkv.load(directory, device=self.device, **options)
             return spkv.load(self.model, adapter=directory, device=self.device, **options)
         if run.recipe.lora_rank is None:

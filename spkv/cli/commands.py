@@ -39,7 +39,9 @@ Model = Annotated[
         metavar="MODEL", help='A directory, a hub name, "smollm2" with its shipped adapter, or "gemma3-270m".'
     ),
 ]
-Adapter = Annotated[Path | None, typer.Option(metavar="DIR", help="Adapter made by `spkv adapt --lora-rank`.")]
+Adapter = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Adapter made by `spkv adapt` with --lora-rank or fast-frozen.")
+]
 Threshold = Annotated[
     float | None, typer.Option(help="Keep pairs with at least this utility, in (0, 1); default: the stored one.")
 ]
@@ -163,7 +165,11 @@ def adapt(
     data: Data,
     output: Annotated[Path, typer.Option(metavar="DIR", help="For the result, logs and checkpoints.")],
     recipe: Annotated[
-        str, typer.Option(help="paper (long), fast (minutes), fast-lora (an adapter) or dense-control.")
+        str,
+        typer.Option(
+            help="paper (long), fast (minutes), fast-lora (an adapter), fast-frozen (an adapter of predictors alone) "
+            "or dense-control."
+        ),
     ] = "fast",
     target_density: Annotated[
         float | None, typer.Option(help="Where the density should end, in (0, 1); default: the recipe's, 0.2 of fast.")
@@ -180,6 +186,10 @@ def adapt(
     tokens: Annotated[int | None, typer.Option(help="Training tokens; default: the recipe's.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens of a row; default: the recipe's.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="The model's, at its peak.")] = None,
+    predictor_lr_multiplier: Annotated[
+        float | None,
+        typer.Option(help="The predictor's learning rate / the model's; default: the recipe's, 25 of fast."),
+    ] = None,
     validation: Annotated[
         list[Path] | None, typer.Option(metavar="FILE...", help="Held-out text to evaluate; repeatable.")
     ] = None,
@@ -215,6 +225,7 @@ def adapt(
             "tokens": tokens,
             "sequence_length": sequence_length,
             "learning_rate": learning_rate,
+            "predictor_lr_multiplier": predictor_lr_multiplier,
         }
         summary = run_adapt(
             model,

@@ -120,7 +120,7 @@ def evaluate(
                 loaded,
                 jobs,
                 chosen,
-                load=loader(model, device, dtype, page_dtype),
+                load=loader([model] if reference is None else [model, reference], device, dtype, page_dtype),
                 batch_size=batch_size,
                 oracle=oracle,
                 output=output,

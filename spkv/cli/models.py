@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,9 +54,12 @@ def opened(
 
 
 def loader(
-    model: str, device: str | None, dtype: str | None, page_dtype: str | None = None
+    bases: Sequence[str], device: str | None, dtype: str | None, page_dtype: str | None = None
 ) -> Callable[[str], PreTrainedModel]:
-    """A function that loads another model from a path: an adapter of `model`, a self-pruned model, or a plain one."""
+    """A function that loads another model from a path: an adapter, a self-pruned model, or a plain one.
+
+    `bases` are models that an adapter may belong to; it is loaded on the first that it fits.
+    """
 
     def load(path: str) -> PreTrainedModel:
         import spkv
@@ -67,12 +70,27 @@ def loader(
         place, kind = device_called(device), dtype_called(dtype)
         if not (Path(path) / CONFIG_FILE).is_file():
             return load_base(path, dtype=kind).to(place).eval()  # type: ignore[arg-type]
-        base, adapter = (model, path) if is_adapter(path) else (path, None)
-        loaded = spkv.load(base, adapter=adapter, dtype=kind, device=place)
+        if is_adapter(path):
+            loaded = _on_its_base(path, bases, kind).to(place)  # type: ignore[arg-type]
+        else:
+            loaded = spkv.load(path, dtype=kind, device=place)
         spkv.attachment(loaded).page_dtype = page_dtype or spkv.attachment(loaded).page_dtype
         return loaded
 
     return load
+
+
+def _on_its_base(adapter: str, bases: Sequence[str], dtype: torch.dtype | None) -> PreTrainedModel:
+    """Load an adapter on the first model that it fits; a ValueError says why none does."""
+    import spkv
+
+    reasons = []
+    for base in bases:
+        try:
+            return spkv.load(base, adapter=adapter, dtype=dtype)
+        except ValueError as error:
+            reasons.append(str(error))
+    raise ValueError("; ".join(reasons))
 
 
 def device_called(name: str | None) -> torch.device:

@@ -59,7 +59,8 @@ def adapt(
         model: a directory, hub name or packaged model ("smollm2", "gemma3-270m"). One with a static layout is trained
             with it; its gates are constant, so nothing is learned about them.
         data: files to train on; see `spkv.training.tokens.tokenize_files`.
-        output: directory for the result: a whole model, or an adapter where the recipe has LoRA; with
+        output: directory for the result: a whole model, or an adapter where the recipe has LoRA or leaves the model
+            as it is; with
             `summary.json`, TensorBoard logs (if it is installed) and, while training, checkpoints.
         recipe: from `get_recipe`.
         validation: held-out files; their loss and density are evaluated before and after.
@@ -147,8 +148,8 @@ def adapt(
     rows = corpora[0]
     held_out = spread(corpora[1], validation_tokens) if validation else None
 
-    # Weights that LoRA leaves as they are need no more precision than they are computed with, which is faster.
-    frozen_base = recipe.lora_rank is not None and _computes_in_bfloat16() and not _uses_fsdp()
+    # Weights that stay as they are need no more precision than they are computed with, which is faster.
+    frozen_base = recipe.makes_adapter and _computes_in_bfloat16() and not _uses_fsdp()
 
     def build() -> nn.Module:
         base = load_base(model, dtype=torch.bfloat16 if frozen_base else torch.float32)
@@ -192,14 +193,14 @@ def adapt(
     if held_out is not None and not trainer.is_fsdp_enabled:
         summary["base_validation_loss"] = trainer.evaluate_rows(held_out, open_gates=True).loss
     summary |= _train(trainer, checkpoint, compile)
-    if recipe.lora_rank is not None:
+    if recipe.makes_adapter:
         # What is evaluated is what is stored.
         round_trained_parameters(prepared, ADAPTER_DTYPE)
     if recipe.target_density is not None and not trainer.is_fsdp_enabled:
         sample = spread(rows, max(_LEAST_CALIBRATED, min(_MOST_CALIBRATED, int(_CALIBRATED * summary["tokens"]))))
         done = calibrate(prepared, sample, trainer.accelerator, recipe.target_density)
         summary["calibration"] = dataclasses.asdict(done)
-        if recipe.lora_rank is not None:
+        if recipe.makes_adapter:
             round_trained_parameters(prepared, ADAPTER_DTYPE)
     if held_out is not None:
         result = trainer.evaluate_rows(held_out)
@@ -261,6 +262,7 @@ def training_arguments(
         dataloader_pin_memory=torch.cuda.is_available(),
         average_tokens_across_devices=True,
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # they never change
         report_to=["tensorboard"] if importlib.util.find_spec("tensorboard") else [],
         disable_tqdm=not progress,
         seed=seed,

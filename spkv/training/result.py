@@ -76,7 +76,7 @@ def save_result(
     if trainer.recipe.is_control:
         detach(model)
         model.save_pretrained(output)
-    elif trainer.recipe.lora_rank is not None:
+    elif trainer.recipe.makes_adapter:
         save_adapter(model, output, training=summary, dtype=ADAPTER_DTYPE)
     else:
         save(model, output, training=summary)

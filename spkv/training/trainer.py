@@ -85,6 +85,9 @@ class AdaptationTrainer(Trainer):
             processing_class=tokenizer,
             callbacks=[_StepCallback(self)],
         )
+        if self.accelerator.ddp_handler is not None:
+            # Gradients lie where they are sent from, and are not copied there and back.
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True
         self.regulariser = 0.0
         self._logged = torch.zeros(4, dtype=torch.float64, device=args.device)
         self._logged_steps = 0
@@ -282,7 +285,7 @@ class AdaptationTrainer(Trainer):
             return
         assert self.model is not None
         path = Path(self.args.output_dir or "." if output_dir is None else output_dir)
-        write = save_adapter if self.recipe.lora_rank is not None else save
+        write = save_adapter if self.recipe.makes_adapter else save
         write(self.model, path, training={"recipe": self.recipe.to_dict(), "step": self.state.global_step})
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(path)
@@ -308,7 +311,7 @@ class AdaptationTrainer(Trainer):
             loaded: Any = set_peft_model_state_dict(model, load_peft_weights(resume_from_checkpoint, device="cpu"))
             if loaded.unexpected_keys:
                 raise ValueError(f"{resume_from_checkpoint} holds other LoRA weights: {loaded.unexpected_keys[:3]}")
-        else:
+        elif not self.recipe.freeze_model:
             # Through from_pretrained, which knows how each family's weights are named and merged on disk.
             saved = AutoModelForCausalLM.from_pretrained(resume_from_checkpoint, dtype=torch.float32)
             result = model.load_state_dict(saved.state_dict(), strict=False)

@@ -242,6 +242,25 @@ def test_eval_runs_tasks_at_several_lengths_and_goes_on(run_json, run, whole, te
     assert "holds an evaluation with other arguments: examples was" in err
 
 
+def test_eval_finds_the_base_of_an_adapter(run_json, run, base, adapter, whole, text_file, tmp_path):
+    model = spkv.load(whole)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.5)
+    spkv.save(model, tmp_path / "other")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "other")
+    given = (
+        "eval", tmp_path / "other", "--data", text_file, "--sequence-length", 100, "--limit", 2,
+        "--policies", f"dense,spkv,twin={adapter}",
+    )  # fmt: skip
+    rows = {row["policy"]: row for row in run_json(*given, "--reference", base)}
+    twin = run_json("eval", base, "--adapter", adapter, *given[2:8], "--policies", "spkv")[0]
+    assert rows["twin"]["loss"] == twin["loss"] != rows["spkv"]["loss"]
+    _, err, code = run(*given)
+    assert code == 2
+    assert "in the base it was trained on" in err
+
+
 def test_eval_names_what_tasks_cannot_take(run, whole, text_file, stub_tasks):
     for arguments, message in (
         (["--task", "ruler"], "unknown tasks ['ruler']; known are letters"),
