@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 # Training tokens that a target density is met on in the end: a share of the run's, so that it costs little.
 _CALIBRATED, _LEAST_CALIBRATED, _MOST_CALIBRATED = 0.02, 16_384, 262_144
+# A loss that training and pruning leave this much higher is worth a word.
+_TOLERATED_RISE = 1.01
 
 
 def adapt(
@@ -205,6 +207,14 @@ def adapt(
     if held_out is not None:
         result = trainer.evaluate_rows(held_out)
         summary |= {"validation_loss": result.loss, "validation_tokens": result.tokens}
+        before = summary.get("base_validation_loss")
+        if before is not None and result.loss > _TOLERATED_RISE * before and not recipe.freeze_model:
+            logger.warning(
+                "the held-out loss rose from %.4f to %.4f. The recipe dense-control tells whether pruning did that; if "
+                "not, lower the learning rate, and raise predictor_lr_multiplier by as much",
+                before,
+                result.loss,
+            )
         if recipe.gates:
             densities = {str(layer): heads for layer, heads in result.densities.items()}
             summary |= {"density": result.density, "densities": densities}

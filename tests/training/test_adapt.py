@@ -108,6 +108,13 @@ def test_the_summary_is_complete(run, recipe_of, tmp_path, text_file) -> None:
     assert trained_to["density"] == summary["density"]
 
 
+def test_a_loss_that_rose_is_worth_a_warning(run, recipe_of, text_file, caplog) -> None:
+    run(recipe_of(), validation=[text_file])
+    assert "the held-out loss rose" not in caplog.text
+    run(recipe_of(learning_rate=3.0, predictor_lr_multiplier=0.0), "wrecked", validation=[text_file])
+    assert "the held-out loss rose" in caplog.text
+
+
 def test_the_control_is_an_ordinary_model(run, recipe_of, tmp_path) -> None:
     summary = run(recipe_of("dense-control"))
     assert "density" not in summary
