@@ -166,7 +166,7 @@ def frontier_figure(result: dict[str, Any], model: str = "smollm2") -> Figure:
     names = {run.name for run in frontier()}
     pruned = [row for row in result["rows"] if row["model"] == model and row["policy"] == "spkv"]
     rows = [row for row in pruned if row["run"] in names]
-    wide = [row for row in pruned if row["run"].removesuffix(WIDE) in names - {row["run"]}]
+    wide = [row for row in pruned if row["run"].endswith(WIDE) and row["run"].removesuffix(WIDE) in names]
     budgets = sorted({row["tokens"] for row in rows})
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()

@@ -5,8 +5,7 @@
 Takes the options of `benchmarks.recipes`, and several seeds. Controls come first, and a run is measured once its
 control is there; of those that can start, the longest does. With `--at-once 2` a GPU has two runs, so that one computes
 while the other starts or is measured; tokens a second are then no measurement. Every run writes a file of its own
-beside FILE, and FILE has the rows of all that are finished; a run or control whose rows it has already is not trained
-again. The same command goes on where it was stopped.
+beside FILE, and FILE has the rows of all that are finished. The same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -106,21 +105,19 @@ class Fleet:
     def _run(self, job: Job, gpu: str) -> str:
         """Train and measure; where the control is still running, train first and wait for it then."""
         control = self._control(job)
-        merged = [self.json_file] if self.json_file.exists() else []
         if control is not job and control.state != "done":
-            if (state := self._recipes(job, gpu, merged, "--train-only")) != "done":
+            if (state := self._recipes(job, gpu, ["--train-only"])) != "done":
                 return state
             with self.changed:
                 self.changed.wait_for(lambda: control.state != "running", timeout=self._left())
             if control.state != "done":
                 return "unfinished"
-        return self._recipes(job, gpu, merged if control is job else [*merged, self._file(control)])
+        return self._recipes(job, gpu, [] if control is job else ["--merge", str(self._file(control))])
 
-    def _recipes(self, job: Job, gpu: str, merged: list[Path], *options: str) -> str:
+    def _recipes(self, job: Job, gpu: str, options: list[str]) -> str:
         own = self._file(job)
         command = [sys.executable, "-m", "benchmarks.recipes", *self.options[job.run.name], "--seed", str(job.seed)]
         command += ["--json", str(own), *self.arguments, *options, "--time-limit", f"{self._left():.0f}"]
-        command += ["--merge", *map(str, merged)] if merged else []
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
         with own.with_suffix(".log").open("a") as log:
             code = subprocess.run(command, env=environment, stdout=log, stderr=log).returncode

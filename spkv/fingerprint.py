@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
-# Relative difference of mean magnitudes above which two bases are not the same model. Storage in bfloat16 or float16
-# moves them by less than 1e-3, and training by more than this.
-_SAME_WEIGHTS = 1e-2
+# Relative difference of mean magnitudes above which two bases are not the same model. Storing float32 weights in
+# bfloat16 moves that of a thousand of them by 1e-4 at most, and of a real matrix by 1e-5; SmolLM2's shipped LoRA, once
+# merged, moves most by 4e-4 to 1e-3.
+_SAME_WEIGHTS = 3e-4
 
 
 def sizes(config: Any) -> dict[str, Any]:
@@ -26,6 +28,14 @@ def check_sizes(expected: dict[str, Any] | None, config: Any, adapter: Path) -> 
         given = ", ".join(f"{name}={actual[name]!r}" for name in different)
         wanted = ", ".join(f"{name}={expected.get(name)!r}" for name in different)
         raise ValueError(f"the adapter in {adapter} is for another model: it needs {wanted}, this one has {given}")
+
+
+def deviation(expected: dict[str, Any], actual: dict[str, Any]) -> float:
+    """The largest relative difference of two bases' mean magnitudes; infinite if their sizes or weights' names differ."""
+    there, here = expected["mean_magnitudes"], actual["mean_magnitudes"]
+    if there.keys() != here.keys() or any(expected.get(name) != actual[name] for name in ("model_type", *SIZES)):
+        return math.inf
+    return max((abs(here[name] / there[name] - 1) for name in there if there[name]), default=0.0)
 
 
 def check_magnitude(expected: dict[str, Any], name: str, found: float | None, adapter: Path) -> None:

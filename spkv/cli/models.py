@@ -58,7 +58,7 @@ def loader(
 ) -> Callable[[str], PreTrainedModel]:
     """A function that loads another model from a path: an adapter, a self-pruned model, or a plain one.
 
-    `bases` are models that an adapter may belong to; it is loaded on the first that it fits.
+    `bases` are models that an adapter may belong to.
     """
 
     def load(path: str) -> PreTrainedModel:
@@ -81,16 +81,15 @@ def loader(
 
 
 def _on_its_base(adapter: str, bases: Sequence[str], dtype: torch.dtype | None) -> PreTrainedModel:
-    """Load an adapter on the first model that it fits; a ValueError says why none does."""
-    import spkv
+    """Load an adapter on that of several models, alike perhaps, which it was trained on."""
+    from spkv.checkpoint import fingerprint, load_adapter, load_base
+    from spkv.config import read_stored
+    from spkv.fingerprint import deviation
 
-    reasons = []
-    for base in bases:
-        try:
-            return spkv.load(base, adapter=adapter, dtype=dtype)
-        except ValueError as error:
-            reasons.append(str(error))
-    raise ValueError("; ".join(reasons))
+    expected = read_stored(Path(adapter))["base"]
+    models = [load_base(base, dtype=dtype) for base in bases]  # type: ignore[arg-type]
+    closest = min(models, key=lambda model: deviation(expected, fingerprint(model)))
+    return load_adapter(closest, adapter).eval()
 
 
 def device_called(name: str | None) -> torch.device:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import logging
+import math
 import os
 import shutil
 import time
@@ -125,6 +126,11 @@ def adapt(
         named = RECIPES.get(recipe.name)
         if recipe.target_density not in (None, named and named().target_density):
             logger.warning("the static layout of the model fixes its density, so target_density has no effect")
+        if recipe.freeze_model:
+            raise ValueError(
+                f"the model has a static layout, so that there are no gates to train, and {recipe.name} trains "
+                "nothing else; take another recipe"
+            )
         recipe = with_layout(recipe, stored)
     config = recipe.config()
     if stored is not None:
@@ -207,13 +213,14 @@ def adapt(
     if held_out is not None:
         result = trainer.evaluate_rows(held_out)
         summary |= {"validation_loss": result.loss, "validation_tokens": result.tokens}
-        before = summary.get("base_validation_loss")
-        if before is not None and result.loss > _TOLERATED_RISE * before and not recipe.freeze_model:
+        before = summary.get("base_validation_loss", math.inf)
+        if result.loss > _TOLERATED_RISE * before and not recipe.freeze_model and args.should_save:
             logger.warning(
-                "the held-out loss rose from %.4f to %.4f. The recipe dense-control tells whether pruning did that; if "
-                "not, lower the learning rate, and raise predictor_lr_multiplier by as much",
+                "the held-out loss rose from %.4f to %.4f: the learning rate may be too high for this model (to lower "
+                "it for the model alone, raise predictor_lr_multiplier by as much)%s",
                 before,
                 result.loss,
+                "" if recipe.is_control else "; if the recipe dense-control does not raise it, pruning does",
             )
         if recipe.gates:
             densities = {str(layer): heads for layer, heads in result.densities.items()}

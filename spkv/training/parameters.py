@@ -44,7 +44,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
         else:
             plain.append(parameter)
     if not decayed and not recipe.freeze_model:
-        raise ValueError("no matrix of the model is trained; training the predictor alone does not work (SP-KV)")
+        raise ValueError("no matrix of the model is trained; set freeze_model to train the predictors alone")
     model_lr, predictor_lr = recipe.learning_rate, recipe.learning_rate * recipe.predictor_lr_multiplier
     groups = [
         {"params": decayed, "lr": model_lr, "weight_decay": recipe.weight_decay, "predictor": False},

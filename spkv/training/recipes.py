@@ -276,7 +276,8 @@ def fast_lora() -> Recipe:
 def fast_frozen() -> Recipe:
     """`fast` for the predictors alone: an adapter, and with all gates open the model is what it was.
 
-    Gates are soft to the end, since there is nothing else that could get used to hard ones.
+    Gates are soft to the end: hard ones teach the predictor nothing, and there is nothing else that could get used to
+    them.
     """
     return dataclasses.replace(fast(), name="fast-frozen", freeze_model=True, soft_fraction=1.0, anneal_steps=0)
 

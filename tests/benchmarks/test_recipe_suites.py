@@ -267,3 +267,9 @@ def test_the_figure_has_a_line_a_budget():
     (axes,) = frontier_figure({"rows": rows}).axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["10 M tokens", "20 M tokens"]
     assert axes.lines[0].get_xdata().tolist() == [0.1, 0.2]
+    wide = {**rows[1], "run": "10M-d0.1 window=512", "density": 0.07}
+    other = {**wide, "run": "10M-d0.1 window=256"}
+    (axes,) = frontier_figure({"rows": [*rows, wide, other]}).axes
+    squares = [line.get_xdata().tolist() for line in axes.lines if line.get_marker() == "s"]
+    assert [points for points in squares if points] == [[0.07]]
+    assert axes.get_legend().get_texts()[-1].get_text() == "window 512"

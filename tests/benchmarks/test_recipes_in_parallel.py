@@ -117,21 +117,6 @@ def test_a_control_whose_name_is_not_known_is_reached_through_its_run(finished, 
     assert [ended for ended, _ in finished] == ["dense-0.012345M", name, "merged"]
 
 
-def test_rows_that_the_file_has_are_known_to_every_run(monkeypatch, tmp_path):
-    file, merged = tmp_path / "f.json", {}
-
-    def run(command, **_):
-        if "--runs" in command:
-            merged[" ".join(command[2:6])] = command[command.index("--merge") + 1 :]
-        return SimpleNamespace(returncode=0)
-
-    monkeypatch.setattr(subprocess, "run", run)
-    file.write_text("{}")
-    assert recipes_in_parallel.main(["--gpus", "1", "--runs", "20M-d0.1", "--json", str(file)]) == 0
-    control = str(tmp_path / "f-dense-20M-seed0.json")
-    assert list(merged.values()) == [[str(file)], [str(file), control]]
-
-
 def test_a_process_that_cannot_be_started_holds_nobody_up(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(subprocess, "run", Mock(side_effect=OSError("no such program")))
     assert recipes_in_parallel.main(["--gpus", "2", "--runs", "20M-d0.1", "--json", str(tmp_path / "f.json")]) == 1

@@ -48,7 +48,7 @@ def entries(directory: Path) -> list[dict[str, float]]:
     return [entry for entry in history if "loss" in entry]
 
 
-@pytest.mark.parametrize("name", ["fast", "fast-lora"])
+@pytest.mark.parametrize("name", ["fast", "fast-lora", "fast-frozen"])
 def test_the_result_loads_and_scores_as_the_summary_says(
     run, recipe_of, tmp_path, text_file, model_directory, tokenizer, name
 ) -> None:
@@ -58,7 +58,7 @@ def test_the_result_loads_and_scores_as_the_summary_says(
     assert summary == json.loads((output / "summary.json").read_text())
     assert not list(output.glob("checkpoint-*"))
     assert 0.0 < summary["density"] < 1.0
-    assert summary["validation_loss"] < summary["base_validation_loss"]
+    assert name == "fast-frozen" or summary["validation_loss"] < summary["base_validation_loss"]
 
     model = spkv.load(output) if name == "fast" else spkv.load(model_directory, adapter=output)
     assert spkv.attachment(model).config == recipe.config()
@@ -79,11 +79,8 @@ def test_the_result_loads_and_scores_as_the_summary_says(
     AutoTokenizer.from_pretrained(output)
 
 
-def test_a_frozen_model_gets_an_adapter_and_stays_what_it_was(
-    run, recipe_of, tmp_path, text_file, model_directory
-) -> None:
-    recipe = recipe_of("fast-frozen", initial_bias=0.0, predictor_lr_multiplier=3.0)
-    summary = run(recipe, validation=[text_file], validation_tokens=300)
+def test_a_frozen_model_gets_an_adapter_and_stays_what_it_was(run, recipe_of, tmp_path, model_directory) -> None:
+    run(recipe_of("fast-frozen"))
     output = tmp_path / "out"
     assert {path.name for path in output.glob("*.safetensors")} == {"predictor.safetensors"}
     assert {weight.dtype for weight in stored(output).values()} == {torch.bfloat16}
@@ -91,8 +88,13 @@ def test_a_frozen_model_gets_an_adapter_and_stays_what_it_was(
     weights = {key: weight for key, weight in model.state_dict().items() if "utility_predictor" not in key}
     assert weights.keys() == base.state_dict().keys()
     assert all(torch.equal(weights[key], weight) for key, weight in base.state_dict().items())
-    assert spkv.attachment(model).config == recipe.config()
-    assert 0.0 < summary["density"] < 1.0
+
+
+def test_a_static_layout_leaves_a_frozen_model_nothing_to_train(run, recipe_of, tmp_path, model_directory) -> None:
+    base = attach(load_base(model_directory), spkv.SPKVConfig(window=8, layout=((1,), ())))
+    spkv.save(base, tmp_path / "hybrid")
+    with pytest.raises(ValueError, match="no gates to train, and fast-frozen trains nothing else"):
+        run(recipe_of("fast-frozen"), model=tmp_path / "hybrid")
 
 
 def test_the_summary_is_complete(run, recipe_of, tmp_path, text_file) -> None:
@@ -215,7 +217,7 @@ def test_a_resumed_run_is_exact(run, run_until, recipe_of, tmp_path, monkeypatch
 
     expected, actual = stored(tmp_path / "through"), stored(tmp_path / "broken")
     assert expected.keys() == actual.keys()
-    assert len(expected) >= 8
+    assert len(expected) == 8 if name == "fast-frozen" else len(expected) > 8
     for key in expected:
         assert torch.equal(expected[key], actual[key]), key
     assert entries(tmp_path / "broken") == entries(tmp_path / "through")

@@ -18,8 +18,13 @@ SCRIPT = """
 import json, os, sys, torch
 from pathlib import Path
 from spkv.training import Recipe, adapt
+from transformers import TrainerCallback
+class Look(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, model=None, **rest):
+        gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+        assert gradients and all(gradient._is_view() for gradient in gradients), "they lie outside of what is sent"
 options = json.loads(sys.argv[1])
-adapt(recipe=Recipe(**options.pop("recipe")), **options)
+adapt(recipe=Recipe(**options.pop("recipe")), callbacks=[Look()], **options)
 Path(options["output"], f"next-draw-{os.environ['RANK']}").write_text(str(torch.rand(()).item()))
 """
 
@@ -36,7 +41,7 @@ def launched(nodes: int) -> list[list[str]]:
     return [[*torchrun, *place, "--node-rank", str(rank), "--nproc-per-node", "1"] for rank in range(nodes)]
 
 
-@pytest.mark.parametrize(("name", "nodes"), [("fast", 1), ("fast-lora", 1), ("fast", 2)])
+@pytest.mark.parametrize(("name", "nodes"), [("fast", 1), ("fast-lora", 1), ("fast-frozen", 1), ("fast", 2)])
 def test_two_processes_compute_what_one_does(
     model_directory: Path, text_file: Path, tmp_path: Path, recipe_of, name: str, nodes: int
 ) -> None:

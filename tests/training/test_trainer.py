@@ -237,7 +237,7 @@ def test_parameter_groups(model_directory, recipe_of) -> None:
     assert sum(len(group["params"]) for group in groups) == len(names)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("utility_predictor" in name)
-    with pytest.raises(ValueError, match="predictor alone"):
+    with pytest.raises(ValueError, match="set freeze_model to train the predictors alone"):
         parameter_groups(model, recipe)
 
 
