@@ -31,7 +31,7 @@ def check_sizes(expected: dict[str, Any] | None, config: Any, adapter: Path) -> 
 
 
 def deviation(expected: dict[str, Any], actual: dict[str, Any]) -> float:
-    """The largest relative difference of two bases' mean magnitudes; infinite if their sizes or weights' names differ."""
+    """The largest relative difference of two bases' mean magnitudes; infinite if sizes or names differ."""
     there, here = expected["mean_magnitudes"], actual["mean_magnitudes"]
     if there.keys() != here.keys() or any(expected.get(name) != actual[name] for name in ("model_type", *SIZES)):
         return math.inf
