@@ -38,8 +38,7 @@ from benchmarks.losses import measure
 from benchmarks.recipe_results import Results
 from benchmarks.recipe_runs import SUITES, Run, control_of, find_run, parse_setting, with_controls
 from benchmarks.run import environment
-from spkv.checkpoint import load_base, resolve_model
-from spkv.evals.policies import is_adapter
+from spkv.checkpoint import is_adapter, load_base, resolve_model
 from spkv.gates import HardGate, LayoutGate, OpenGate, RandomGate, SinkGate, ThresholdGate
 from spkv.training import Recipe, adapt
 from spkv.training.data import PackedRows, spread
@@ -191,7 +190,7 @@ class Suite:
         directory = self._directory(run)
         options: dict[str, Any] = {"dtype": torch.float32}
         if not run.recipe.is_control:
-            if not is_adapter(str(directory)):
+            if not is_adapter(directory):
                 return spkv.load(directory, device=self.device, **options)
             return spkv.load(self.model, adapter=directory, device=self.device, **options)
         if run.recipe.lora_rank is None:

@@ -109,6 +109,11 @@ def resolve_adapter(model: str | os.PathLike[str], adapter: str | os.PathLike[st
     return None
 
 
+def is_adapter(path: str | os.PathLike[str]) -> bool:
+    """Whether a directory holds an adapter, rather than a whole model."""
+    return (Path(path) / CONFIG_FILE).is_file() and read_stored(Path(path))["base"] is not None
+
+
 def save(model: nn.Module, path: str | os.PathLike[str], *, training: dict[str, Any] | None = None) -> None:
     """Save a whole model: an ordinary Hugging Face directory, plus the predictors.
 

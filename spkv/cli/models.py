@@ -63,9 +63,8 @@ def loader(
 
     def load(path: str) -> PreTrainedModel:
         import spkv
-        from spkv.checkpoint import load_base
+        from spkv.checkpoint import is_adapter, load_base
         from spkv.config import CONFIG_FILE
-        from spkv.evals.policies import is_adapter
 
         place, kind = device_called(device), dtype_called(dtype)
         if not (Path(path) / CONFIG_FILE).is_file():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,12 +136,6 @@ def make_policies(
     for name, path in others.items():
         made[f"{name}={path}"] = _of_another_model(name, path, thresholds)
     return [policy for name in names for policy in made[name]]
-
-
-def is_adapter(path: str) -> bool:
-    """Whether a directory holds an adapter, rather than a whole model."""
-    file = Path(path) / CONFIG_FILE
-    return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("base") is not None
 
 
 @contextlib.contextmanager

@@ -62,9 +62,8 @@ def adapt(
         model: a directory, hub name or packaged model ("smollm2", "gemma3-270m"). One with a static layout is trained
             with it; its gates are constant, so nothing is learned about them.
         data: files to train on; see `spkv.training.tokens.tokenize_files`.
-        output: directory for the result: a whole model, or an adapter where the recipe has LoRA or leaves the model
-            as it is; with
-            `summary.json`, TensorBoard logs (if it is installed) and, while training, checkpoints.
+        output: directory for the result: a whole model, or an adapter where the recipe leaves the model's weights as
+            they are; with `summary.json`, TensorBoard logs (if it is installed) and, while training, checkpoints.
         recipe: from `get_recipe`.
         validation: held-out files; their loss and density are evaluated before and after.
         validation_tokens: tokens of them to use at most, spread evenly.

@@ -109,10 +109,6 @@ def test_a_frozen_model_stays_bit_for_bit_while_the_predictor_learns(make_traine
     assert moved == {name for name in before if "utility_predictor" in name}
 
 
-def test_several_processes_send_gradients_from_where_they_lie(make_trainer, recipe_of) -> None:
-    assert make_trainer(recipe_of()).accelerator.ddp_handler.gradient_as_bucket_view
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_the_regulariser_closes_gates(make_trainer, recipe_of, form) -> None:
     recipe = recipe_of(steps=6, soft_fraction=1.0, regulariser=3.0, regulariser_form=form)
