@@ -34,6 +34,7 @@ _UNUSED_BY_CONTROLS = (
     "predictor_width",
     "predictor_depth",
     "predictor_lr_multiplier",
+    "standardised_inputs",
     "predictor_weight_decay",
     "soft_fraction",
     "anneal_steps",

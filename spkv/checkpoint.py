@@ -197,7 +197,12 @@ def load_predictors(model: nn.Module, path: str | os.PathLike[str]) -> None:
         weights = load_file(file)
     except SafetensorError as error:
         raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
-    parameters = dict(_predictor_parameters(model))
+    # By names that no wrapper changes.
+    parameters = {
+        f"layers.{layer}.{name}": parameter
+        for layer, predictor in attachment(model).predictors.items()
+        for name, parameter in predictor.named_parameters()
+    }
     if {k: tuple(v.shape) for k, v in weights.items()} != {k: tuple(v.shape) for k, v in parameters.items()}:
         raise ValueError(
             f"{file} does not fit this model: it holds {_describe(weights)}, the model needs {_describe(parameters)}"
@@ -251,7 +256,11 @@ def _save_predictors(
     training: dict[str, Any] | None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    weights = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in _predictor_parameters(model)}
+    weights = {
+        f"layers.{layer}.{name}": value.to("cpu", dtype or value.dtype).contiguous()
+        for layer, predictor in attachment(model).predictors.items()
+        for name, value in predictor.plain_parameters().items()
+    }
     if weights:
         save_file(weights, path / PREDICTOR_FILE, metadata={"format": "pt"})
     found = attachment(model)
@@ -264,15 +273,6 @@ def _save_predictors(
         config = config.replace(threshold=found.gate.threshold)
     stored = {"format": FORMAT, "config": config.to_dict(), "base": base, "training": training}
     (path / CONFIG_FILE).write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
-
-
-def _predictor_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Parameters of all predictors by a name that no wrapper changes: `layers.3.up.weight`."""
-    return [
-        (f"layers.{layer}.{name}", parameter)
-        for layer, predictor in attachment(model).predictors.items()
-        for name, parameter in predictor.named_parameters()
-    ]
 
 
 def _describe(tensors: Mapping[str, Tensor]) -> str:

@@ -104,6 +104,7 @@ def adapt(
     from spkv.training.calibration import calibrate
     from spkv.training.checkpoints import last_checkpoint
     from spkv.training.data import PackedRows, TrainingRows, spread
+    from spkv.training.inputs import fold_inputs
     from spkv.training.parameters import (
         ADAPTER_DTYPE,
         enable_recomputation,
@@ -199,7 +200,11 @@ def adapt(
     # A model that is sharded first as it starts to train cannot be run before.
     if held_out is not None and not trainer.is_fsdp_enabled:
         summary["base_validation_loss"] = trainer.evaluate_rows(held_out, open_gates=True).loss
+    if checkpoint is None and not trainer.is_fsdp_enabled:
+        trainer.measure_inputs()
     summary |= _train(trainer, checkpoint, compile)
+    if not trainer.is_fsdp_enabled:  # a sharded one is folded as it is saved
+        fold_inputs(prepared)
     if recipe.makes_adapter:
         # What is evaluated is what is stored.
         round_trained_parameters(prepared, ADAPTER_DTYPE)
@@ -278,7 +283,7 @@ def training_arguments(
         dataloader_pin_memory=torch.cuda.is_available(),
         average_tokens_across_devices=True,
         ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,  # they never change
+        ddp_broadcast_buffers=False,  # they are the same everywhere
         report_to=["tensorboard"] if importlib.util.find_spec("tensorboard") else [],
         disable_tqdm=not progress,
         seed=seed,

@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside what transformers puts there: the run's own state, and sharded predictors."""
+"""What a checkpoint holds beside what transformers puts there: the run's own state, and predictors as it has them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from spkv.training.recipes import Recipe
 STATE_FILE = "spkv_training.json"
 """Written last into a checkpoint: one that lacks it is incomplete."""
 
-_SHARDED_FILE = "sharded_predictor.safetensors"
+# Not the predictors that others load: inputs may be standardised still.
+_PREDICTOR_FILE = "trained_predictor.safetensors"
 
 
 def last_checkpoint(directory: str | os.PathLike[str]) -> str | None:
@@ -41,24 +42,27 @@ def check_same_run(stored: dict[str, Any], wanted: dict[str, Any], path: str) ->
         )
 
 
-def save_sharded_predictors(model: nn.Module, directory: Path, write: bool) -> None:
-    """Gather the predictors of an FSDP model and, where `write` is set, store them. To be called by all processes.
+def save_trained_predictors(model: nn.Module, directory: Path, *, sharded: bool, write: bool) -> None:
+    """Store predictors as they are trained, where `write` is set. To be called by all processes.
 
-    With LoRA, what transformers stores of a sharded model is the LoRA weights alone.
+    Those of an FSDP model are gathered: with LoRA, what transformers stores of it is the LoRA weights alone.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    weights: dict[str, Any] = get_model_state_dict(model, options=options)
+    if sharded:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        weights: dict[str, Any] = get_model_state_dict(model, options=options)
+    else:
+        weights = model.state_dict()
     if write:
         kept = {name: weight.contiguous() for name, weight in weights.items() if PREDICTOR_PART in name}
-        save_file(kept, directory / _SHARDED_FILE)
+        save_file(kept, directory / _PREDICTOR_FILE)
 
 
-def load_sharded_predictors(model: nn.Module, directory: Path) -> None:
-    """Spread stored predictors over the processes. To be called by all of them.
+def load_trained_predictors(model: nn.Module, directory: Path) -> None:
+    """Fill predictors from a checkpoint, spread over the processes where they are sharded. To be called by all of them.
 
     Raises:
         FileNotFoundError: if the directory holds none.
     """
     options = StateDictOptions(full_state_dict=True, strict=False)
-    weights: dict[str, Any] = load_file(directory / _SHARDED_FILE)
+    weights: dict[str, Any] = load_file(directory / _PREDICTOR_FILE)
     set_model_state_dict(model, weights, options=options)

@@ -38,6 +38,7 @@ class Recipe:
         tokens_per_step: tokens in an optimiser step, over all processes.
         learning_rate: peak, of the model (of the LoRA matrices where there are any).
         predictor_lr_multiplier: the predictor's learning rate as a multiple of the model's.
+        standardised_inputs: give predictors inputs of mean 0 and variance 1 in each channel; see `training.inputs`.
         floor: where the cosine ends, as a fraction of the peak.
         warmup_fraction: part of the steps in which the learning rate rises.
         weight_decay: on the model's matrices; norms, biases and embeddings have none.
@@ -74,6 +75,7 @@ class Recipe:
     tokens_per_step: int = 32_768
     learning_rate: float = 3e-4
     predictor_lr_multiplier: float = 5.0
+    standardised_inputs: bool = False
     floor: float = 0.05
     warmup_fraction: float = 0.05
     weight_decay: float = 0.1

@@ -15,6 +15,7 @@ from torch import nn
 import spkv
 from spkv.checkpoint import save, save_adapter
 from spkv.hf.attach import detach
+from spkv.training.inputs import fold_inputs
 from spkv.training.parameters import ADAPTER_DTYPE
 from spkv.training.trainer import AdaptationTrainer
 
@@ -71,6 +72,7 @@ def save_result(
         if trainer.args.should_save:
             model = build()
             model.load_state_dict(weights)
+            fold_inputs(model)
     if not trainer.args.should_save:
         return
     if trainer.recipe.is_control:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Dataset, Sampler, SequentialSampler
+from torch.utils.data import Dataset, Sampler, SequentialSampler, Subset
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedTokenizerBase,
@@ -26,17 +26,18 @@ from transformers import (
     TrainingArguments,
 )
 
-from spkv.checkpoint import load_predictors, save, save_adapter
+from spkv.checkpoint import save, save_adapter
 from spkv.gates import Gate, OpenGate
 from spkv.hf.attach import Record, attachment
 from spkv.training.checkpoints import (
     STATE_FILE,
     check_same_run,
-    load_sharded_predictors,
-    save_sharded_predictors,
+    load_trained_predictors,
+    save_trained_predictors,
 )
 from spkv.training.data import TrainingRows, collate, leaves_window
 from spkv.training.evaluation import Evaluation, evaluate_rows
+from spkv.training.inputs import measure_inputs
 from spkv.training.parameters import parameter_groups
 from spkv.training.recipes import START_OF_CONTROL, Recipe
 from spkv.training.regularisers import FORMS
@@ -98,6 +99,18 @@ class AdaptationTrainer(Trainer):
         """Put the gate and lambda of `step` in force."""
         self.attachment.gate = self._gate(step)
         self.regulariser = self._regulariser(step)
+        if step == 0 and self.is_fsdp_enabled:
+            self.measure_inputs()
+
+    def measure_inputs(self) -> None:
+        """Let predictors see the rows of the first step, if the recipe wants their inputs standardised.
+
+        To be called before training starts; a model that is sharded only then is seen to in its first step.
+        """
+        if self.recipe.gates and self.recipe.standardised_inputs:
+            assert self.model is not None
+            rows = self.recipe.tokens_per_step // self.recipe.sequence_length
+            measure_inputs(self.model, Subset(self.rows, range(rows)), self.accelerator)
 
     def _gate(self, step: int) -> Gate:
         if self.recipe.gates:
@@ -260,8 +273,9 @@ class AdaptationTrainer(Trainer):
         measured = self.accelerator.reduce(self._measured, "sum").tolist()
         super()._save_checkpoint(model, trial)
         path = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        if self._has_sharded_predictors:
-            save_sharded_predictors(model, path, write=self.args.should_save)
+        if self._stores_predictors:
+            trained: Any = model if self.is_fsdp_enabled else self.model
+            save_trained_predictors(trained, path, sharded=self.is_fsdp_enabled, write=self.args.should_save)
         if self.args.should_save:
             state = {
                 "step": self.state.global_step,
@@ -273,8 +287,9 @@ class AdaptationTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     @property
-    def _has_sharded_predictors(self) -> bool:
-        return self.is_fsdp_enabled and self.recipe.lora_rank is not None
+    def _stores_predictors(self) -> bool:
+        """Whether they are stored apart: of a whole sharded model transformers stores everything itself."""
+        return self.recipe.gates and not (self.is_fsdp_enabled and self.recipe.lora_rank is None)
 
     def _identity(self) -> dict[str, Any]:
         return {**self.recipe.to_dict(), **self.rows.identity()}
@@ -299,9 +314,9 @@ class AdaptationTrainer(Trainer):
             self._measured.copy_(torch.tensor(state["measured"], dtype=torch.float64))
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-            if self._has_sharded_predictors:
+            if self._stores_predictors:
                 assert model is not None
-                load_sharded_predictors(model, Path(resume_from_checkpoint))
+                load_trained_predictors(model, Path(resume_from_checkpoint))
             return
         model = self.model if model is None else model
         assert model is not None
@@ -321,7 +336,8 @@ class AdaptationTrainer(Trainer):
                     f"{resume_from_checkpoint} does not fit the model: {missing[:3]} are missing, "
                     f"{result.unexpected_keys[:3]} are not wanted"
                 )
-        load_predictors(model, resume_from_checkpoint)
+        if self._stores_predictors:
+            load_trained_predictors(model, Path(resume_from_checkpoint))
 
 
 class _StepCallback(TrainerCallback):

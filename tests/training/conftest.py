@@ -85,6 +85,7 @@ def small_recipe(name: str = "fast", **changes: object) -> Recipe:
         window=8,
         learning_rate=3e-3,
         predictor_lr_multiplier=3.0,
+        standardised_inputs=True,
         soft_fraction=0.5,
         anneal_steps=3,
         warmup_fraction=0.2,

@@ -5,11 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from spkv.checkpoint import load_base
-from spkv.hf.attach import attach
-from spkv.training.checkpoints import load_sharded_predictors, save_sharded_predictors
+from spkv.hf.attach import attach, attachment
+from spkv.training.checkpoints import load_trained_predictors, save_trained_predictors
 from spkv.training.parameters import prepare_parameters
 
 # Two processes shard a model's layers; a loss with the utilities in it must have the gradients of the whole model.
@@ -62,18 +63,21 @@ def test_a_sharded_model_has_the_gradients_of_a_whole_one(model_directory: Path,
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-def test_predictors_survive_beside_lora(model_directory, recipe_of, tmp_path) -> None:
-    recipe = recipe_of("fast-lora")
+@pytest.mark.parametrize("sharded", [False, True])
+def test_predictors_survive_beside_lora(model_directory, recipe_of, tmp_path, sharded) -> None:
+    recipe = recipe_of("fast-lora", standardised_inputs=True)
 
     def build() -> torch.nn.Module:
         return prepare_parameters(attach(load_base(model_directory), recipe.config()), recipe)
 
     saved, loaded = build(), build()
-    save_sharded_predictors(saved, tmp_path, write=False)
+    for predictor in attachment(saved).predictors.values():
+        predictor.standardise_inputs(torch.rand(32), torch.rand(32))
+    save_trained_predictors(saved, tmp_path, sharded=sharded, write=False)
     assert not list(tmp_path.glob("*.safetensors"))
-    save_sharded_predictors(saved, tmp_path, write=True)
-    load_sharded_predictors(loaded, tmp_path)
-    expected, actual = dict(saved.named_parameters()), dict(loaded.named_parameters())
+    save_trained_predictors(saved, tmp_path, sharded=sharded, write=True)
+    load_trained_predictors(loaded, tmp_path)
+    expected, actual = saved.state_dict(), loaded.state_dict()
     names = [name for name in expected if "utility_predictor" in name]
-    assert len(names) == 8
+    assert len(names) == 2 * (4 + 2)
     assert all(torch.equal(expected[name], actual[name]) for name in names)

@@ -1,0 +1,63 @@
+"""Predictors' inputs brought to one scale, so that one learning rate suits all models.
+
+What enters attention differs between models and layers: its root mean square is 0.05 to 0.4 in SmolLM2-135M, and 0.6 to
+2 in Gemma-3-270M, a few channels hold most of it, and most of those are nearly constant. Adam moves every weight as far
+in a step, whatever its input, so that what a step does to a utility grows with that scale. Standardised, each channel
+has mean 0 and variance 1; when training ends, that goes into the weights (`UtilityPredictor.fold_inputs`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from spkv.hf.attach import attachment
+from spkv.training.evaluation import evaluate_rows
+
+# Added to variances, as a share of their mean over channels: one that hardly varies is not blown up.
+_SMALL_VARIANCE = 1e-3
+
+
+@torch.no_grad()
+def measure_inputs(model: nn.Module, rows: Dataset[dict[str, Tensor]], accelerator: Any) -> None:
+    """Set the `input_mean` and `input_scale` of an attached model's predictors by what they read in `rows`.
+
+    Args:
+        model: on the accelerator's device.
+        rows: as `PackedRows` gives them, spread over the processes.
+        accelerator: accelerate's.
+    """
+    found = attachment(model)
+    predictors = list(found.predictors.values())
+    # Of x, of its square, and of ones.
+    shape = len(predictors), 3, found.decoder.config.hidden_size
+    sums = torch.zeros(shape, dtype=torch.float64, device=accelerator.device)
+
+    def add(index: int, x: Tensor) -> None:
+        x = x.flatten(0, -2).double()
+        sums[index] += torch.stack([x.sum(0), x.square().sum(0), torch.full_like(x[0], len(x))])
+
+    handles = [
+        predictor.register_forward_pre_hook(lambda _, args, index=index: add(index, args[0]))
+        for index, predictor in enumerate(predictors)
+    ]
+    try:
+        evaluate_rows(model, rows, accelerator, open_gates=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    totals = accelerator.reduce(sums, "sum")
+    mean, square = (totals[:, :2] / totals[:, 2:]).unbind(1)
+    variance = (square - mean.square()).clamp_min(0)
+    scale = (variance + _SMALL_VARIANCE * variance.mean(-1, keepdim=True)).rsqrt()
+    for index, predictor in enumerate(predictors):
+        predictor.standardise_inputs(mean[index], scale[index])
+
+
+def fold_inputs(model: nn.Module) -> None:
+    """Make the predictors of an attached model plain again: they compute the same."""
+    for predictor in attachment(model).predictors.values():
+        predictor.fold_inputs()
