@@ -49,13 +49,17 @@ def _needs_plain_pages(arguments: dict[str, Any]) -> str | None:
     return None if packed is None or packed.coded is None else "it does not read coded pages"
 
 
+def _needs_far_keys(arguments: dict[str, Any]) -> str | None:
+    return "it has no sliding window" if arguments["sliding"] else None
+
+
 def _all_of(*obstacles: Callable[[dict[str, Any]], str | None]) -> Callable[[dict[str, Any]], str | None]:
     return lambda arguments: next((reason for obstacle in obstacles if (reason := obstacle(arguments))), None)
 
 
 _GATED_ATTENTION = (
     Implementation("triton", _function("triton.train", "gated_attention"), limits.attention),
-    Implementation("flex", _function("flex", "gated_attention"), _needs_cuda),
+    Implementation("flex", _function("flex", "gated_attention"), _all_of(_needs_cuda, _needs_far_keys)),
     Implementation("sdpa", _function("sdpa", "gated_attention")),
     Implementation("reference", _function("reference", "gated_attention")),
 )
@@ -85,6 +89,7 @@ def gated_attention(
     segment_ids: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    sliding: bool = False,
     implementation: str | None = None,
 ) -> Tensor:
     """Causal attention whose keys carry a gate once they have left the window (SP-KV, arXiv 2605.14037).
@@ -101,7 +106,10 @@ def gated_attention(
         segment_ids: [B, T] integers; a query sees its own segment only (packed documents, padding).
         softcap: scores become softcap * tanh(score / softcap) before the gate is added (Gemma 2).
         sinks: [H], a logit per head that takes probability and adds no value (GPT-OSS).
-        implementation: "triton" (CUDA), "flex" (CUDA), "sdpa", "reference"; None takes the first that can run.
+        sliding: drop all pairs that have left the window, whatever they are: ordinary sliding-window attention, at the
+            cost of a window.
+        implementation: "triton" (CUDA), "flex" (CUDA; not sliding), "sdpa", "reference"; None takes the first that
+            can run.
 
     Returns:
         [B, H, T, D].
@@ -113,6 +121,8 @@ def gated_attention(
     B, Hkv, T, _ = key.shape
     if query.shape[2] != T:
         raise ValueError(f"query and key must have the same number of tokens, not {query.shape[2]} and {T}")
+    if log_gate is not None and sliding:
+        raise ValueError("a sliding window has no gates: leave out log_gate, or sliding")
     if log_gate is not None:
         _check_shape("log_gate", log_gate, (B, Hkv, T))
         if not log_gate.is_floating_point():
@@ -123,7 +133,7 @@ def gated_attention(
     arguments = dict(
         query=query, key=key, value=value, log_gate=log_gate, segment_ids=segment_ids, softcap=softcap, sinks=sinks
     )
-    arguments |= dict(window=window, scale=query.shape[-1] ** -0.5 if scale is None else scale)
+    arguments |= dict(window=window, scale=query.shape[-1] ** -0.5 if scale is None else scale, sliding=sliding)
     return choose("gated_attention", _GATED_ATTENTION, implementation, arguments)(**arguments)
 
 

@@ -50,15 +50,22 @@ def attend(
 
 
 def window_bias(
-    query_index: Tensor, key_index: Tensor, log_gate: Tensor | None, window: int, same_segment: Tensor | None = None
+    query_index: Tensor,
+    key_index: Tensor,
+    log_gate: Tensor | None,
+    window: int,
+    same_segment: Tensor | None = None,
+    sliding: bool = False,
 ) -> Tensor:
     """The bias of the method: 0 inside the window, the key's log-gate before it, minus infinity ahead of the query.
+
+    With `sliding` it is minus infinity before the window, too.
 
     Shapes: query_index [T], key_index [L], log_gate [B, Hkv, L] or None (open), same_segment [B, T, L] or None;
     returns a tensor broadcastable to [B, Hkv, 1, T, L].
     """
     distance = query_index[:, None] - key_index[None, :]
-    hidden = distance < 0
+    hidden = (distance < 0) | (distance >= window) if sliding else distance < 0
     if same_segment is not None:
         hidden = hidden | ~same_segment[:, None, None]
     if log_gate is None:
@@ -80,11 +87,12 @@ def gated_attention(
     segment_ids: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    sliding: bool = False,
 ) -> Tensor:
     """See `spkv.ops.attention.gated_attention`."""
     index = torch.arange(query.shape[2], device=query.device)
     same_segment = None if segment_ids is None else segment_ids[:, :, None] == segment_ids[:, None, :]
-    bias = window_bias(index, index, log_gate, window, same_segment)
+    bias = window_bias(index, index, log_gate, window, same_segment, sliding)
     return attend(query, key, value, bias, scale=scale, softcap=softcap, sinks=sinks)
 
 

@@ -27,27 +27,30 @@ def gated_attention(
     segment_ids: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    sliding: bool = False,
 ) -> Tensor:
-    """See `spkv.ops.attention.gated_attention`: blocks of queries against all keys before them."""
+    """See `spkv.ops.attention.gated_attention`: blocks of queries against all keys before them, or a window of them."""
     index = torch.arange(query.shape[2], device=query.device)
     blocks = []
     for start in range(0, query.shape[2], _BLOCK):
         stop = min(start + _BLOCK, query.shape[2])
+        first = max(0, start + 1 - window) if sliding else 0
         same_segment = None
         if segment_ids is not None:
-            same_segment = segment_ids[:, start:stop, None] == segment_ids[:, None, :stop]
+            same_segment = segment_ids[:, start:stop, None] == segment_ids[:, None, first:stop]
         bias = reference.window_bias(
             index[start:stop],
-            index[:stop],
-            None if log_gate is None else log_gate[:, :, :stop],
+            index[first:stop],
+            None if log_gate is None else log_gate[:, :, first:stop],
             window,
             same_segment,
+            sliding,
         )
         blocks.append(
             _attend(
                 query[:, :, start:stop],
-                key[:, :, :stop],
-                value[:, :, :stop],
+                key[:, :, first:stop],
+                value[:, :, first:stop],
                 bias,
                 scale=scale,
                 softcap=softcap,

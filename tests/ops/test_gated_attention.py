@@ -134,6 +134,24 @@ def test_a_window_longer_than_the_text_ignores_the_gate():
     )
 
 
+@pytest.mark.parametrize("implementation", ["reference", "sdpa"])
+@pytest.mark.parametrize("window", [1, 7, 300, 700])
+def test_a_sliding_window_sees_what_closed_gates_leave(implementation, window):
+    query, key, value = (tensor.requires_grad_() for tensor in inputs(1, 2, 2, 600, 4)[:3])
+    segment_ids = torch.arange(600)[None] // 400
+    closed = torch.full((1, 2, 600), float("-inf"), dtype=torch.float64)
+    options = dict(window=window, segment_ids=segment_ids, implementation=implementation)
+    expected = gated_attention(query, key, value, closed, **options)
+    actual = gated_attention(query, key, value, sliding=True, **options)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    weights = torch.rand_like(expected)
+    gradients = [torch.autograd.grad((out * weights).sum(), (query, key, value)) for out in (actual, expected)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    with pytest.raises(ValueError, match="a sliding window has no gates"):
+        gated_attention(query, key, value, closed, sliding=True, **options)
+
+
 def test_gradient_of_a_dropped_pair_is_zero_and_finite():
     query, key, value, _ = inputs(1, 1, 1, 6, 4)
     log_gate = torch.tensor([[[0.0, float("-inf"), 0.0, 0.0, 0.0, 0.0]]], dtype=torch.float64, requires_grad=True)

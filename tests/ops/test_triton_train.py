@@ -58,6 +58,7 @@ class Case:
         raw = draw(B, Hkv, T)
         self.log_gate = {
             "none": None,
+            "sliding": None,  # no gate, and nothing past the window
             "soft": torch.nn.functional.logsigmoid(2 * raw),
             "hard": torch.zeros_like(raw).masked_fill(raw > 0, float("-inf")),
             "dropped": torch.full_like(raw, float("-inf")),
@@ -65,6 +66,7 @@ class Case:
         }[gate]
         self.segment_ids = None if segments is None else torch.as_tensor(segments, device=DEVICE).expand(B, T)
         self.options = dict(window=window, scale=D**-0.5, segment_ids=self.segment_ids, softcap=softcap)
+        self.options |= dict(sliding=gate == "sliding")
 
     def run(self, function, dtype, **extra):
         wide = torch.promote_types(dtype, torch.float32)  # of the gates and the sinks, as the model computes them
@@ -114,6 +116,10 @@ class Case:
         dict(gate="hard"),
         dict(gate="dropped"),
         dict(gate="kept"),
+        dict(gate="sliding"),
+        dict(gate="sliding", window=1),
+        dict(gate="sliding", window=60),
+        dict(gate="sliding", window=21, segments=[0] * 5 + [1] * 30 + [2] * 18),
         dict(softcap=2.0),
         dict(segments=[0] * 5 + [1] * 30 + [2] * 18),
         dict(segments=([4] * 9 + [1] * 8 + [4] * 15 + [0] * 21)),
@@ -142,7 +148,7 @@ def test_everything_at_once_and_uneven_tiles(dtype, tiles):
     T=st.integers(1, 48),
     D=st.sampled_from([8, 16, 24, 32]),
     window=st.integers(1, 70),
-    gate=st.sampled_from(["none", "soft", "hard", "dropped", "kept"]),
+    gate=st.sampled_from(["none", "sliding", "soft", "hard", "dropped", "kept"]),
     softcap=st.sampled_from([None, 1.5]),
     sinks=st.booleans(),
     lengths=st.none() | st.lists(st.integers(1, 40), min_size=1, max_size=6),
@@ -287,6 +293,8 @@ def test_a_head_too_large_is_named():
         dict(),
         dict(gate="hard"),
         dict(gate="dropped"),
+        dict(gate="sliding"),
+        dict(gate="sliding", packed=400),
         dict(packed=90),
         dict(packed=400),
         dict(softcap=5.0),

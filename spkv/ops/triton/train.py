@@ -10,6 +10,8 @@ With w = 128 nearly all tiles of a long text are full, and the edges (the window
     forward, dq   a program per query tile walks the keys:    [masked: other segments] [full] [masked: window, diagonal]
     dk, dv, dbias a program per key tile walks the queries: [masked: diagonal, window] [full] [masked: other segments]
 
+A sliding window has no pairs past it, and so no full tiles: of each walk there is the part with window and diagonal.
+
 The second walks them for every query head of its group, which is what keeps dk, dv and the gradient of the bias in
 registers: no atomics, no partial sums in memory. As usual, with P the normalised weights and delta = sum(do * o):
 dS = P * (do v' - delta); the bias is added to S, so its gradient is dS summed over the queries past the window.
@@ -82,7 +84,7 @@ def _forward(
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t,
     H, T, window, scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    GATED: tl.constexpr, SEGMENTED: tl.constexpr, SINKS: tl.constexpr, SOFTCAP: tl.constexpr,
+    GATED: tl.constexpr, SLIDING: tl.constexpr, SEGMENTED: tl.constexpr, SINKS: tl.constexpr, SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     # Heads of a group run side by side and share their keys in L2; the longest rows start first.
@@ -113,7 +115,7 @@ def _forward(
         total += 1.0
     out = tl.zeros([M, WIDTH], tl.float32)
 
-    for part in tl.static_range(0 if SEGMENTED else 1, 3):
+    for part in tl.static_range(2 if SLIDING else (0 if SEGMENTED else 1), 3):
         low = start
         high = full_start
         if part == 1:
@@ -138,6 +140,8 @@ def _forward(
                     same_segment = row_segment[:, None] == column_segment[None, :]
                 distance = rows[:, None] - columns[None, :]
                 scores = mask_scores(scores, distance, bias, window, same_segment, GATED, SEGMENTED)
+                if SLIDING:
+                    scores = tl.where(distance < window, scores, float("-inf"))
             weights, rescale, top, total = online_softmax_update(scores, top, total)
             v = load_tile(v_ptr, b, kv_head, n * N, v_b, v_h, v_t, T, N, D, WIDTH, part != 1, DESCRIBED)
             out = out * rescale[:, None] + dot(weights.to(v.dtype), v, PRECISION, UPCAST)
@@ -167,7 +171,7 @@ def _backward_dq(
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, do_b, do_h, do_t, dq_b, dq_h, dq_t,
     H, T, window, scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    GATED: tl.constexpr, SEGMENTED: tl.constexpr, SOFTCAP: tl.constexpr,
+    GATED: tl.constexpr, SLIDING: tl.constexpr, SEGMENTED: tl.constexpr, SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Walks the keys as `_forward` does."""
@@ -197,7 +201,7 @@ def _backward_dq(
     delta = tl.load(delta_ptr + (b * H + h) * T + rows, mask=rows < T, other=0.0)[:, None]
     dq = tl.zeros([M, WIDTH], tl.float32)
 
-    for part in tl.static_range(0 if SEGMENTED else 1, 3):
+    for part in tl.static_range(2 if SLIDING else (0 if SEGMENTED else 1), 3):
         low = start
         high = full_start
         if part == 1:
@@ -223,6 +227,8 @@ def _backward_dq(
                     same_segment = row_segment[:, None] == column_segment[None, :]
                 distance = rows[:, None] - columns[None, :]
                 scores = mask_scores(scores, distance, bias, window, same_segment, GATED, SEGMENTED)
+                if SLIDING:
+                    scores = tl.where(distance < window, scores, float("-inf"))
             ds = tl.exp2(scores - lse) * (dot(do, v.T, PRECISION, UPCAST) - delta)
             if SOFTCAP:
                 ds *= slope
@@ -237,7 +243,7 @@ def _backward_dkdv(
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, do_b, do_h, do_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
     Hkv, T, window, scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    GATED: tl.constexpr, SEGMENTED: tl.constexpr, SOFTCAP: tl.constexpr,
+    GATED: tl.constexpr, SLIDING: tl.constexpr, SEGMENTED: tl.constexpr, SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Tiles of scores lie transposed here, [N, M], so that no product needs a transposed accumulator."""
@@ -274,7 +280,7 @@ def _backward_dkdv(
         h = kv_head * GROUP + g
         lse_base = lse_ptr + (b * H + h) * T
         delta_base = delta_ptr + (b * H + h) * T
-        for part in tl.static_range(0, 3 if SEGMENTED else 2):
+        for part in tl.static_range(0, 1 if SLIDING else (3 if SEGMENTED else 2)):
             low = start
             high = tl.minimum(full_start, end)
             if part == 1:
@@ -299,6 +305,8 @@ def _backward_dkdv(
                         row_segment = tl.load(segments_ptr + rows, mask=rows < T, other=0)
                         same_segment = row_segment[None, :] == column_segment[:, None]
                     scores = mask_scores(scores, distance, bias, window, same_segment, GATED, SEGMENTED)
+                    if SLIDING:
+                        scores = tl.where(distance < window, scores, float("-inf"))
                 weights = tl.exp2(scores - lse)
                 dv += dot(weights.to(do.dtype), do, PRECISION, UPCAST)
                 ds = weights * (dot(v, do.T, PRECISION, UPCAST) - delta)
@@ -328,6 +336,7 @@ def gated_attention(
     segment_ids: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    sliding: bool = False,
     tiles: Tiles | None = None,
 ) -> Tensor:
     """See `spkv.ops.attention.gated_attention`. `tiles` is for tests and tuning; None takes the table's."""
@@ -344,6 +353,7 @@ def gated_attention(
         min(window, query.shape[2]),
         scale,
         softcap,
+        sliding,
         tiles or _choose_tiles(query),
     )
 
@@ -361,12 +371,13 @@ class _GatedAttention(torch.autograd.Function):
         window: int,
         scale: float,
         softcap: float | None,
+        sliding: bool,
         tiles: Tiles,
     ) -> Tensor:
         B, H, T, _ = query.shape
         # A gate that no query meets is none: then all tiles before the diagonal are full.
-        gated = log_gate is not None and window < T
-        window = window if gated else 0
+        gated, sliding = log_gate is not None and window < T, sliding and window < T
+        window = window if gated or sliding else 0
         tile = tiles.forward
         out = torch.empty_like(query)
         log_sum = torch.empty(B, H, T, dtype=torch.float32, device=query.device)
@@ -380,12 +391,14 @@ class _GatedAttention(torch.autograd.Function):
                 *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
                 H, T, window, scale, softcap or 1.0,
                 SINKS=sinks is not None,
-                **_constants(query, key, gated, segment_ids, softcap, tile),
+                **_constants(query, key, gated, sliding, segment_ids, softcap, tile),
             )  # fmt: skip
         ctx.save_for_backward(query, key, value, log_gate, sinks, out, log_sum)
         ctx.segment_ids = segment_ids  # the very tensor, which `_ranges` knows
         ctx.segments_version = None if segment_ids is None else _version(segment_ids)
-        ctx.gated, ctx.window, ctx.scale, ctx.softcap, ctx.tiles = gated, window, scale, softcap, tiles
+        ctx.gated, ctx.sliding, ctx.window, ctx.scale, ctx.softcap, ctx.tiles = (
+            gated, sliding, window, scale, softcap, tiles,
+        )  # fmt: skip
         return out
 
     @staticmethod
@@ -418,7 +431,7 @@ class _GatedAttention(torch.autograd.Function):
                     *_operands(tile, rows=(query, grad_out), columns=(key, value)),
                     grad_query, log_sum, delta, bias, segments, query if ranges is None else ranges,
                     *strides, *grad_query.stride()[:3], H, T, *options,
-                    **_constants(query, key, gated, segment_ids, softcap, tile),
+                    **_constants(query, key, gated, ctx.sliding, segment_ids, softcap, tile),
                 )  # fmt: skip
             if any(ctx.needs_input_grad[1:4]):
                 tile = tiles.dkdv
@@ -431,16 +444,22 @@ class _GatedAttention(torch.autograd.Function):
                     grad_key, grad_value, log_sum, delta, bias, grad_gate if gated else query,
                     segments, query if ranges is None else ranges,
                     *strides, *grad_key.stride()[:3], *grad_value.stride()[:3], Hkv, T, *options,
-                    **_constants(query, key, gated, segment_ids, softcap, tile),
+                    **_constants(query, key, gated, ctx.sliding, segment_ids, softcap, tile),
                 )  # fmt: skip
         if sinks is not None and ctx.needs_input_grad[4]:
             # A sink's value is 0, so its dP is 0 and its dS is -P * delta.
             grad_sinks = -(torch.exp2(sinks[:, None] * LOG2_E.value - log_sum) * delta).sum((0, 2))
-        return grad_query, grad_key, grad_value, grad_gate, grad_sinks, None, None, None, None, None
+        return grad_query, grad_key, grad_value, grad_gate, grad_sinks, *(None,) * 6
 
 
 def _constants(
-    query: Tensor, key: Tensor, gated: bool, segment_ids: Tensor | None, softcap: float | None, tile: Tile
+    query: Tensor,
+    key: Tensor,
+    gated: bool,
+    sliding: bool,
+    segment_ids: Tensor | None,
+    softcap: float | None,
+    tile: Tile,
 ) -> dict[str, Any]:
     D = query.shape[-1]
     return dict(
@@ -450,6 +469,7 @@ def _constants(
         M=tile.M,
         N=tile.N,
         GATED=gated,
+        SLIDING=sliding,
         SEGMENTED=segment_ids is not None,
         SOFTCAP=softcap is not None,
         # tf32 would cost float32 three digits; half precision does not look at this.
