@@ -1,7 +1,7 @@
 """Attach the utility predictor to a transformers model, and detach it again.
 
 Attaching adds predictors and hooks (`forward.py` says what they do) and selects the attention function. Nothing
-global changes but two entries in transformers' registries.
+global changes but three entries in transformers' registries.
 """
 
 from __future__ import annotations
@@ -318,11 +318,15 @@ def dense(model: nn.Module) -> Iterator[None]:
 
 
 def _set_implementation(attachment: Attachment, active: bool) -> None:
-    """Select the attention function of global layers; local layers keep the original one throughout."""
+    """Select the attention functions of global and of local layers."""
     decoder, original = attachment.decoder, attachment.original_implementation
     # Masks are made once a pass, from the decoder's config: none for global layers, the original's for local ones.
     name = attachment.implementation_name
     AttentionInterface.register(name, forward.attention)
+    local_name = original
+    if original == "sdpa":  # what others do with a sliding window is theirs to know
+        local_name = f"{name}_local"
+        AttentionInterface.register(local_name, forward.local_attention)
     AttentionMaskInterface.register(name, functools.partial(forward.mask, original))
     decoder.config._attn_implementation = name if active else original
     attentions: list[Any] = decoder.attentions
@@ -332,7 +336,7 @@ def _set_implementation(attachment: Attachment, active: bool) -> None:
         elif active:
             attention.spkv_original_config = attention.config
             attention.config = copy.copy(attention.config)
-            attention.config._attn_implementation = original
+            attention.config._attn_implementation = local_name
         else:
             attention.config = attention.spkv_original_config
             del attention.spkv_original_config

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from spkv.gates import Gate, HardGate, OpenGate, ThresholdGate
 from spkv.hf.cache import SPKVCache
 from spkv.ops.attention import gated_attention, pruned_prefill
+from spkv.ops.triton import limits
 
 if TYPE_CHECKING:
     from spkv.hf.attach import Attachment, Record
@@ -248,10 +250,7 @@ def attention(
     if spkv is None:
         raise ValueError("the decoder of an attached model must be called as a whole, not layer by layer")
     spkv.attachment.join_predictor()
-    if torch.is_autocast_enabled(query.device.type):
-        # Under autocast rotary embedding leaves queries and keys in float32, beside half-precision values.
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = _of_one_dtype(query, key, value)
     options: dict[str, Any] = dict(scale=scaling, softcap=softcap, sinks=s_aux)
     layer, window = module.layer_idx, spkv.attachment.config.window
     utility = query.new_ones(key.shape[:3], dtype=torch.float32) if spkv.utility is None else spkv.utility
@@ -286,6 +285,51 @@ def attention(
             **options,
         )
     return out.transpose(1, 2).contiguous(), None
+
+
+def local_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    sliding_window: int | None = None,
+    spkv: ForwardContext | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function of local layers where it was SDPA, which computes all pairs of a row and masks most.
+
+    Packed rows, of training and evaluation, go through our kernel where it can run; all else is left to SDPA.
+    """
+    segment_ids = None if spkv is None or spkv.valid is not None else spkv.segment_ids
+    plain = kwargs.get("softcap") is None and kwargs.get("s_aux") is None
+    if segment_ids is None or sliding_window is None or not plain or not _runs_kernels(query):
+        out, weights = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return out, weights
+    query, key, value = _of_one_dtype(query, key, value)
+    out = gated_attention(
+        query,
+        key,
+        value,
+        window=sliding_window,
+        scale=kwargs.get("scaling"),
+        segment_ids=segment_ids,
+        sliding=True,
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _runs_kernels(query: Tensor) -> bool:
+    return limits.attention(dict(query=query)) is None
+
+
+def _of_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast rotary embedding leaves queries and keys in float32, beside half-precision values."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
 
 
 def _padding_segments(valid: Tensor, segment_ids: Tensor | None) -> Tensor:

@@ -10,7 +10,9 @@ from transformers import AutoModelForCausalLM
 import spkv
 import spkv.gates
 from spkv.gates import OpenGate
+from spkv.hf import forward
 from spkv.hf.families import FAMILIES
+from spkv.ops.attention import gated_attention
 
 VOCABULARY = 97
 COMMON = dict(
@@ -118,6 +120,38 @@ def test_decode_chunks_and_the_masked_forward_agree(model, scatter_utilities, re
         assert torch.equal(out.past_key_values.packed.kept_pairs(), torch.stack(kept))
     finally:
         spkv.detach(model)
+
+
+@pytest.mark.parametrize("model_type", ["cohere2", "gemma2", "gemma3_text"])
+def test_local_layers_compute_the_same_by_our_operator(model_type, relative_error, monkeypatch):
+    model = family_model(model_type)
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(kwargs.get("sliding", False))
+        return gated_attention(*args, **kwargs)
+
+    monkeypatch.setattr(forward, "gated_attention", counted)
+    ids = torch.randint(3, VOCABULARY, (2, 60))
+    segment_ids = torch.tensor([[0] * 33 + [1] * 27, [4] * 5 + [5] * 55])
+    with torch.no_grad():
+        dense = model(ids[:1, :33], use_cache=False).logits
+    spkv.attach(model, spkv.SPKVConfig(window=4))
+    results = []
+    for ours in (False, True):
+        monkeypatch.setattr(forward, "_runs_kernels", lambda query, ours=ours: ours)
+        calls.clear()
+        with spkv.attachment(model).using(OpenGate()):
+            out = model(ids, labels=ids, segment_ids=segment_ids, use_cache=False)
+        model.zero_grad()
+        out.loss.backward()
+        # Soft-capped scores (Gemma 2) are left to the original.
+        assert calls == ([True, False] * 2 if ours and model_type != "gemma2" else [False] * 2)
+        results.append([out.logits.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    for one, other in zip(*results, strict=True):
+        assert relative_error(one, other) < 1e-5
+    if model_type != "gemma2":  # whose SDPA leaves the cap out, in global layers, too
+        assert relative_error(results[1][0][:1, :33], dense) < 1e-5
 
 
 def test_open_gates_equal_the_original_and_detaching_restores_it(model, relative_error):
