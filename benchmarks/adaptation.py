@@ -1,8 +1,8 @@
 """Throughput of adaptation beside dense training of the same model by the same trainer.
 
-The model has the shape of SmolLM2-135M, or of Llama-3.2-1B, and random weights, and the tokens are random: time does
-not depend on them. `dense` is the model as transformers runs it (SDPA, without gates or predictors); the others train
-it to prune.
+The model has the shape of SmolLM2-135M, of Llama-3.2-1B, or of Gemma-3-270M (fifteen of whose eighteen layers have a
+sliding window), and random weights, and the tokens are random: time does not depend on them. `dense` is the model as
+transformers runs it (SDPA, without gates or predictors); the others train it to prune.
 
     python -m benchmarks.adaptation --json FILE
     python -m benchmarks.adaptation --shape 1b --training full --attention triton --compile only
@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft.helpers import disable_input_dtype_casting
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PreTrainedConfig, TrainerCallback
 
 import spkv
 import spkv.hf.forward
@@ -48,7 +48,7 @@ _STEPS = 14
 _LORA_RANKS = {"full": None, "lora": 24}
 _COMPILED = {"no": (False,), "also": (False, True), "only": (True,)}
 _COMMON: dict[str, Any] = dict(max_position_embeddings=8192, tie_word_embeddings=True)
-SHAPES = {
+SHAPES: dict[str, PreTrainedConfig] = {
     "smollm2": LlamaConfig(
         vocab_size=49152,
         hidden_size=576,
@@ -70,8 +70,20 @@ SHAPES = {
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
         **_COMMON,
     ),
+    "gemma3-270m": Gemma3TextConfig(
+        vocab_size=262144,
+        hidden_size=640,
+        intermediate_size=2048,
+        num_hidden_layers=18,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=256,
+        layer_types=[*["sliding_attention"] * 5, "full_attention"] * 3,
+        sliding_window=512,
+        **_COMMON,
+    ),
 }
-"""SmolLM2-135M and Llama-3.2-1B."""
+"""SmolLM2-135M, Llama-3.2-1B and Gemma-3-270M."""
 
 
 class _StepTimes(TrainerCallback):
@@ -108,7 +120,7 @@ def _tokens(count: int, vocabulary: int) -> Tokens:
 
 
 def measure(
-    shape: LlamaConfig, recipe: Recipe, attention: str, compile: bool, batch_size: int | None = None
+    shape: PreTrainedConfig, recipe: Recipe, attention: str, compile: bool, batch_size: int | None = None
 ) -> dict[str, Any]:
     """Train for some steps; returns tokens a second and the milliseconds of the median step.
 
@@ -128,7 +140,7 @@ def measure(
     if left or not own_rows or own_rows % batch_size:
         raise ValueError(f"{step_rows} rows of a step cannot be divided into {gpus()} x {batch_size}")
     torch.manual_seed(0)
-    base = LlamaForCausalLM(shape)
+    base = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
     if recipe.lora_rank is not None:
         base = base.to(torch.bfloat16)  # as `adapt` loads what LoRA leaves as it is
     model: Any = prepare_parameters(spkv.attach(base, recipe.config()), recipe)

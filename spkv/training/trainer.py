@@ -5,6 +5,8 @@ Legend: B rows of a batch, T tokens of a row, L layers with a predictor, Hkv KV 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import logging
 import math
@@ -165,6 +167,12 @@ class AdaptationTrainer(Trainer):
         return SequentialSampler(self.rows)
 
     # What a step computes
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; see transformers' `Trainer.train`."""
+        assert self.model is not None
+        with contextlib.nullcontext() if self.is_fsdp_enabled else _without_logits(self.model):
+            return super().train(*args, **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -338,6 +346,29 @@ class AdaptationTrainer(Trainer):
                 )
         if self._stores_predictors:
             load_trained_predictors(model, Path(resume_from_checkpoint))
+
+
+@contextlib.contextmanager
+def _without_logits(model: nn.Module) -> Iterator[None]:
+    """Inside, a pass with labels returns its loss and no logits.
+
+    accelerate copies to float32 whatever a model in half precision returns, and logits are much: 4 GiB for 4,096 tokens
+    and a vocabulary of 262,144. What it puts around the forward pass stays there, so that this is switched off.
+    """
+    inside, forward = True, model.forward
+
+    @functools.wraps(forward)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        if not inside or output.get("loss") is None:
+            return output
+        return type(output)(**{name: value for name, value in output.items() if name != "logits"})
+
+    model.forward = wrapped
+    try:
+        yield
+    finally:
+        inside = False
 
 
 class _StepCallback(TrainerCallback):

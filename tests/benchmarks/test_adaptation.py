@@ -1,9 +1,11 @@
 """The throughput benchmark of training, on a shape that a CPU trains in seconds."""
 
 import pytest
-from transformers import LlamaConfig
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks import adaptation
+from spkv.hf.families import find_decoder
 from spkv.training.recipes import get_recipe
 
 TINY = LlamaConfig(
@@ -52,6 +54,13 @@ def test_the_1b_shape_has_the_parameters_of_llama_3_2():
     layer = kv + 3 * shape.hidden_size * shape.intermediate_size + 2 * shape.hidden_size
     total = shape.num_hidden_layers * layer + shape.vocab_size * shape.hidden_size + shape.hidden_size
     assert total == 1_235_814_400
+
+
+def test_the_gemma_shape_has_the_parameters_of_gemma_3():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(adaptation.SHAPES["gemma3-270m"])
+    assert model.num_parameters() == 268_098_176
+    assert find_decoder(model).global_layers == (5, 11, 17)
 
 
 def test_rows_that_cannot_be_divided_are_refused(short_steps, monkeypatch):

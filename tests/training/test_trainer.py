@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from spkv.checkpoint import load_base
 from spkv.gates import OpenGate
@@ -303,3 +303,24 @@ def test_logs_are_plain_json(make_trainer, recipe_of) -> None:
     assert first["predictor_learning_rate"] == pytest.approx(3 * first["learning_rate"])
     assert history(trainer, "alpha")[-3:] == [1.0] * 3
     assert history(trainer, "predictor_learning_rate")[6:] == [0.0] * 6
+
+
+@pytest.mark.parametrize("name", ["fast", "fast-lora"])
+@pytest.mark.parametrize("half", [False, True])
+def test_a_step_returns_no_logits_and_the_model_still_does(make_trainer, recipe_of, monkeypatch, name, half) -> None:
+    trainer = make_trainer(recipe_of(name, steps=2), bf16=half)
+    returned = []
+    compute = Trainer.compute_loss
+
+    def seen(self, *args, **kwargs):
+        result = compute(self, *args, **kwargs)
+        returned.append(set(result[1]))
+        return result
+
+    monkeypatch.setattr(Trainer, "compute_loss", seen)
+    trainer.train()
+    assert returned
+    assert all(names == {"loss"} for names in returned)
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        assert trainer.model(input_ids=ids, labels=ids, use_cache=False).logits.shape == (1, 8, 128)
