@@ -185,10 +185,15 @@ def adapt(
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Training tokens; default: the recipe's.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens of a row; default: the recipe's.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="The model's, at its peak.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="The model's, at its peak; the predictor keeps its own.")
+    ] = None,
     predictor_lr_multiplier: Annotated[
         float | None,
-        typer.Option(help="The predictor's learning rate / the model's; default: the recipe's, 25 of fast."),
+        typer.Option(
+            help="The predictor's learning rate / the model's; default: such that the predictor's is the recipe's, "
+            "25 times 3e-4 of fast."
+        ),
     ] = None,
     validation: Annotated[
         list[Path] | None, typer.Option(metavar="FILE...", help="Held-out text to evaluate; repeatable.")

@@ -220,8 +220,7 @@ def adapt(
         before = summary.get("base_validation_loss", math.inf)
         if result.loss > _TOLERATED_RISE * before and not recipe.freeze_model and args.should_save:
             logger.warning(
-                "the held-out loss rose from %.4f to %.4f: the learning rate may be too high for this model (to lower "
-                "it for the model alone, raise predictor_lr_multiplier by as much)%s",
+                "the held-out loss rose from %.4f to %.4f: the learning rate may be too high for this model%s",
                 before,
                 result.loss,
                 "" if recipe.is_control else "; if the recipe dense-control does not raise it, pruning does",

@@ -249,20 +249,19 @@ def fast() -> Recipe:
     )
 
 
+def with_learning_rate(recipe: Recipe, learning_rate: float) -> Recipe:
+    """Vary the learning rate of the model alone: the predictor keeps the one it has in `recipe`."""
+    changed = recipe.replace(learning_rate=learning_rate)
+    multiplier = recipe.predictor_lr_multiplier * recipe.learning_rate / learning_rate
+    return changed.replace(predictor_lr_multiplier=multiplier)
+
+
 def with_lora(recipe: Recipe, rank: int) -> Recipe:
     """Vary a recipe to train LoRA of this rank in place of the whole model: an adapter of a few MB.
 
-    LoRA wants a higher learning rate, 1e-3 in our trials; the predictor keeps the one it has in `recipe`. The scale
-    is 2 at every rank.
+    LoRA wants a higher learning rate, 1e-3 in our trials. The scale is 2 at every rank.
     """
-    learning_rate = 1e-3
-    return dataclasses.replace(
-        recipe,
-        learning_rate=learning_rate,
-        predictor_lr_multiplier=recipe.predictor_lr_multiplier * recipe.learning_rate / learning_rate,
-        lora_rank=rank,
-        lora_alpha=2 * rank,
-    )
+    return dataclasses.replace(with_learning_rate(recipe, 1e-3), lora_rank=rank, lora_alpha=2 * rank)
 
 
 def with_layout(recipe: Recipe, config: SPKVConfig) -> Recipe:
@@ -306,7 +305,10 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 
 
 def get_recipe(name: str, **changes: Any) -> Recipe:
-    """Return the recipe called `name`, with some fields changed; `lora_rank` makes it `with_lora`.
+    """Return the recipe called `name`, with some fields changed.
+
+    `lora_rank` makes it `with_lora`, and `learning_rate`, without `predictor_lr_multiplier`, `with_learning_rate`. (But
+    of `paper` the multiplier stays: it is what is published.)
 
     Raises:
         ValueError: for an unknown name or field, naming the known ones.
@@ -316,6 +318,8 @@ def get_recipe(name: str, **changes: Any) -> Recipe:
     recipe = RECIPES[name]()
     if changes.get("lora_rank"):
         recipe = with_lora(recipe, changes["lora_rank"])
+    if name != "paper" and "learning_rate" in changes and "predictor_lr_multiplier" not in changes:
+        recipe = with_learning_rate(recipe, changes.pop("learning_rate"))
     return recipe.replace(**changes)
 
 

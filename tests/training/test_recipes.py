@@ -26,6 +26,16 @@ def test_the_predictor_learns_as_fast_with_lora() -> None:
     assert rates[0] == pytest.approx(rates[1])
 
 
+@pytest.mark.parametrize("name", ["fast", "fast-lora", "fast-frozen"])
+def test_another_learning_rate_is_the_models_alone(name) -> None:
+    usual, lower = get_recipe(name), get_recipe(name, learning_rate=1e-5)
+    assert lower.learning_rate == 1e-5
+    assert lower.predictor_lr_multiplier * 1e-5 == pytest.approx(usual.predictor_lr_multiplier * usual.learning_rate)
+    both = get_recipe(name, learning_rate=1e-5, predictor_lr_multiplier=7.0)
+    assert (both.learning_rate, both.predictor_lr_multiplier) == (1e-5, 7.0)
+    assert get_recipe("paper", learning_rate=1e-5).predictor_lr_multiplier == 5.0
+
+
 def test_the_control_differs_from_fast_in_its_gates_alone() -> None:
     fast, control = get_recipe("fast").to_dict(), get_recipe("dense-control").to_dict()
     assert {key for key in fast if fast[key] != control[key]} == {
