@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import itertools
 import json
 import os
@@ -106,7 +105,12 @@ class _StepTimes(TrainerCallback):
 @contextlib.contextmanager
 def _gated_attention_by(name: str) -> Iterator[None]:
     original = spkv.hf.forward.gated_attention
-    spkv.hf.forward.gated_attention = functools.partial(original, implementation=name)  # type: ignore[assignment]
+
+    def chosen(*args: Any, **kwargs: Any) -> torch.Tensor:
+        # Sliding windows are another layer's business, and FlexAttention has none here.
+        return original(*args, **kwargs, implementation=None if kwargs.get("sliding") else name)
+
+    spkv.hf.forward.gated_attention = chosen
     try:
         yield
     finally:

@@ -250,6 +250,8 @@ def known_controls() -> dict[str, Run]:
 def find_run(name: str) -> Run:
     """Return a known run or control; further words of a name change its recipe, as in "20M-d0.2 window=32".
 
+    They change what they name and nothing else: `learning_rate` moves the predictor's, too, by its multiplier.
+
     Raises:
         ValueError: if there is none, or a word is not of the form FIELD=VALUE.
     """

@@ -15,8 +15,8 @@ class UtilityPredictor(nn.Module):
     Two are what is published (SP-KV, arXiv 2605.14037). The input is the hidden state that enters attention, so a
     utility depends on the key's own prefix alone.
 
-    Inputs may be standardised while it is trained, so that one learning rate suits models whose hidden states differ
-    in scale; `fold_inputs` then makes it the plain layers again.
+    Inputs may be standardised while it is trained, so that a learning rate means the same to models whose hidden states
+    differ in scale; `fold_inputs` then makes it the plain layers again.
 
     Attributes:
         input_mean, input_scale: [hidden_size] float32, what is taken from each channel of the input and what the rest
@@ -40,8 +40,9 @@ class UtilityPredictor(nn.Module):
         self.middle = nn.ModuleList(nn.Linear(width, width) for _ in range(depth - 2))
         self.down = nn.Linear(width if depth > 1 else hidden_size, kv_heads)
         self.depth, self.initial_bias = depth, initial_bias
-        self.register_buffer("input_mean", None)
-        self.register_buffer("input_scale", None)
+        # Not in the state dict: sharded models want all of that to be sharded.
+        self.register_buffer("input_mean", None, persistent=False)
+        self.register_buffer("input_scale", None, persistent=False)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -68,15 +69,9 @@ class UtilityPredictor(nn.Module):
         layers: list[Any] = [self.up, *self.middle] if self.depth > 1 else []
         return layers
 
-    def standardise_inputs(self, mean: Tensor | float = 0.0, scale: Tensor | float = 1.0) -> None:
-        """Set `input_mean` and `input_scale`; without arguments, to what changes nothing yet.
-
-        Args:
-            mean, scale: [hidden_size], or one number for all channels.
-        """
-        weight = self.up.weight if self.depth > 1 else self.down.weight
-        zeros = torch.zeros(weight.shape[1], device=weight.device)
-        self.input_mean, self.input_scale = (zeros + mean).float(), (zeros + scale).float()
+    def standardise_inputs(self, mean: Tensor, scale: Tensor) -> None:
+        """Take inputs as (x - mean) * scale, [hidden_size] each, from now on."""
+        self.input_mean, self.input_scale = mean.float(), scale.float()
 
     def plain_parameters(self) -> dict[str, Tensor]:
         """Parameters by name of the predictor that computes the same from inputs as they are."""

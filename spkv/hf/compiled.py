@@ -93,6 +93,7 @@ def _ends_in_one_kernel(module: nn.Module) -> bool:
         isinstance(module, UtilityPredictor)
         and _is_bare(module)
         and module.depth > 1
+        and module.input_mean is None
         and _is_plain(module.down)
         and module.down.weight.is_cuda
         and module.down.weight.dtype == module.hidden_layers[-1].weight.dtype

@@ -300,7 +300,8 @@ def local_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function of local layers where it was SDPA, which computes all pairs of a row and masks most.
 
-    Packed rows, of training and evaluation, go through our kernel where it can run; all else is left to SDPA.
+    Packed rows, of training and evaluation, go through our kernel where it can run, and the mask stays unread. All else
+    is left to SDPA.
     """
     segment_ids = None if spkv is None or spkv.valid is not None else spkv.segment_ids
     plain = kwargs.get("softcap") is None and kwargs.get("s_aux") is None

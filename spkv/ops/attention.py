@@ -49,7 +49,7 @@ def _needs_plain_pages(arguments: dict[str, Any]) -> str | None:
     return None if packed is None or packed.coded is None else "it does not read coded pages"
 
 
-def _needs_far_keys(arguments: dict[str, Any]) -> str | None:
+def _has_no_sliding_window(arguments: dict[str, Any]) -> str | None:
     return "it has no sliding window" if arguments["sliding"] else None
 
 
@@ -59,7 +59,7 @@ def _all_of(*obstacles: Callable[[dict[str, Any]], str | None]) -> Callable[[dic
 
 _GATED_ATTENTION = (
     Implementation("triton", _function("triton.train", "gated_attention"), limits.attention),
-    Implementation("flex", _function("flex", "gated_attention"), _all_of(_needs_cuda, _needs_far_keys)),
+    Implementation("flex", _function("flex", "gated_attention"), _all_of(_needs_cuda, _has_no_sliding_window)),
     Implementation("sdpa", _function("sdpa", "gated_attention")),
     Implementation("reference", _function("reference", "gated_attention")),
 )

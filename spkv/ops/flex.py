@@ -34,7 +34,7 @@ def gated_attention(
     segment_ids: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    sliding: bool = False,  # it is not asked for this one
+    sliding: bool = False,  # refused by the dispatcher
 ) -> Tensor:
     """See `spkv.ops.attention.gated_attention`."""
     # Dense in memory: the gate's gradient is summed by atomic additions, and those of neighbouring heads should not

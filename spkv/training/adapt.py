@@ -201,12 +201,12 @@ def adapt(
     if held_out is not None and not trainer.is_fsdp_enabled:
         summary["base_validation_loss"] = trainer.evaluate_rows(held_out, open_gates=True).loss
     if checkpoint is None and not trainer.is_fsdp_enabled:
-        trainer.measure_inputs()
+        trainer.measure_inputs()  # before parts are compiled
     summary |= _train(trainer, checkpoint, compile)
     if not trainer.is_fsdp_enabled:  # a sharded one is folded as it is saved
         fold_inputs(prepared)
     if recipe.makes_adapter:
-        # What is evaluated is what is stored.
+        # What is evaluated is what is stored (but where FSDP folds inputs later).
         round_trained_parameters(prepared, ADAPTER_DTYPE)
     if recipe.target_density is not None and not trainer.is_fsdp_enabled:
         sample = spread(rows, max(_LEAST_CALIBRATED, min(_MOST_CALIBRATED, int(_CALIBRATED * summary["tokens"]))))

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
+from spkv.training.inputs import inputs_of, set_inputs
 from spkv.training.parameters import PREDICTOR_PART
 from spkv.training.recipes import Recipe
 
@@ -42,27 +43,47 @@ def check_same_run(stored: dict[str, Any], wanted: dict[str, Any], path: str) ->
         )
 
 
-def save_trained_predictors(model: nn.Module, directory: Path, *, sharded: bool, write: bool) -> None:
-    """Store predictors as they are trained, where `write` is set. To be called by all processes.
+def save_trained_predictors(
+    model: nn.Module, directory: Path, *, sharded: bool, write: bool, weights: bool = True
+) -> None:
+    """Store predictors as they are trained. To be called by all processes.
 
-    Those of an FSDP model are gathered: with LoRA, what transformers stores of it is the LoRA weights alone.
+    Args:
+        model: an attached model.
+        directory: a checkpoint.
+        sharded: whether FSDP has spread the model; weights are gathered then.
+        write: whether this process writes.
+        weights: store them, and not only what inputs are standardised by.
     """
-    if sharded:
+    kept: dict[str, Any] = {}
+    if weights and sharded:
+        # With LoRA, what transformers stores of a sharded model is the LoRA weights alone.
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-        weights: dict[str, Any] = get_model_state_dict(model, options=options)
-    else:
-        weights = model.state_dict()
+        kept = get_model_state_dict(model, options=options)
+    elif weights:
+        kept = model.state_dict()
+    kept = {name: weight.contiguous() for name, weight in kept.items() if PREDICTOR_PART in name}
     if write:
-        kept = {name: weight.contiguous() for name, weight in weights.items() if PREDICTOR_PART in name}
-        save_file(kept, directory / _PREDICTOR_FILE)
+        save_file({**kept, **inputs_of(model)}, directory / _PREDICTOR_FILE)
 
 
-def load_trained_predictors(model: nn.Module, directory: Path) -> None:
+def load_trained_predictors(model: nn.Module, directory: Path, *, weights: bool = True) -> None:
     """Fill predictors from a checkpoint, spread over the processes where they are sharded. To be called by all of them.
 
     Raises:
-        FileNotFoundError: if the directory holds none.
+        FileNotFoundError, ValueError: if the directory holds none, or others.
     """
-    options = StateDictOptions(full_state_dict=True, strict=False)
-    weights: dict[str, Any] = load_file(directory / _PREDICTOR_FILE)
-    set_model_state_dict(model, weights, options=options)
+    file = directory / _PREDICTOR_FILE
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{os.fspath(directory)!r} holds no {_PREDICTOR_FILE}: an earlier version of spkv made it; start anew"
+        )
+    stored: dict[str, Any] = load_file(file)
+    set_inputs(model, stored)
+    if not weights:
+        return
+    stored = {name: weight for name, weight in stored.items() if PREDICTOR_PART in name}
+    wanted = {name for name in model.state_dict() if PREDICTOR_PART in name}
+    if stored.keys() != wanted:
+        raise ValueError(f"{file} holds other predictors: {sorted(stored.keys() ^ wanted)[:3]} are not in both")
+    set_model_state_dict(model, stored, options=StateDictOptions(full_state_dict=True, strict=False))

@@ -1,4 +1,4 @@
-"""Predictors' inputs brought to one scale, so that one learning rate suits all models.
+"""Predictors' inputs brought to one scale, so that a learning rate means the same to all models.
 
 What enters attention differs between models and layers: its root mean square is 0.05 to 0.4 in SmolLM2-135M, and 0.6 to
 2 in Gemma-3-270M, a few channels hold most of it, and most of those are nearly constant. Adam moves every weight as far
@@ -61,3 +61,20 @@ def fold_inputs(model: nn.Module) -> None:
     """Make the predictors of an attached model plain again: they compute the same."""
     for predictor in attachment(model).predictors.values():
         predictor.fold_inputs()
+
+
+def inputs_of(model: nn.Module) -> dict[str, Tensor]:
+    """What the predictors of an attached model standardise by: `layers.3.input_mean` and so on; empty if nothing."""
+    return {
+        f"layers.{layer}.{name}": value
+        for layer, predictor in attachment(model).predictors.items()
+        for name, value in predictor.named_buffers()
+    }
+
+
+def set_inputs(model: nn.Module, inputs: dict[str, Tensor]) -> None:
+    """Let the predictors of an attached model standardise by what `inputs_of` gave."""
+    for layer, predictor in attachment(model).predictors.items():
+        if (mean := inputs.get(f"layers.{layer}.input_mean")) is not None:
+            device = predictor.down.bias.device
+            predictor.standardise_inputs(mean.to(device), inputs[f"layers.{layer}.input_scale"].to(device))

@@ -55,7 +55,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def prepare_parameters(model: PreTrainedModel, recipe: Recipe) -> nn.Module:
-    """Make an attached model ready for a recipe: wrap it with LoRA, say what is trained and what predictors read.
+    """Make an attached model ready for a recipe: wrap it with LoRA, and say what is trained.
 
     LoRA goes to all linear layers of the decoder's blocks, not to the predictors, which are trained in full, nor to
     the output layer.
@@ -78,8 +78,6 @@ def prepare_parameters(model: PreTrainedModel, recipe: Recipe) -> nn.Module:
         model.requires_grad_(False)
     for predictor in attachment(prepared).predictors.values():
         predictor.float().requires_grad_(recipe.gates)
-        if recipe.gates and recipe.standardised_inputs:
-            predictor.standardise_inputs()
     return prepared
 
 

@@ -308,7 +308,7 @@ def get_recipe(name: str, **changes: Any) -> Recipe:
     """Return the recipe called `name`, with some fields changed.
 
     `lora_rank` makes it `with_lora`, and `learning_rate`, without `predictor_lr_multiplier`, `with_learning_rate`. (But
-    of `paper` the multiplier stays: it is what is published.)
+    of `paper` the multiplier stays: it is what is published; and where the model is frozen.)
 
     Raises:
         ValueError: for an unknown name or field, naming the known ones.
@@ -318,7 +318,8 @@ def get_recipe(name: str, **changes: Any) -> Recipe:
     recipe = RECIPES[name]()
     if changes.get("lora_rank"):
         recipe = with_lora(recipe, changes["lora_rank"])
-    if name != "paper" and "learning_rate" in changes and "predictor_lr_multiplier" not in changes:
+    frozen = recipe.freeze_model or changes.get("freeze_model")  # the predictor's rate is all there is
+    if name != "paper" and not frozen and "learning_rate" in changes and "predictor_lr_multiplier" not in changes:
         recipe = with_learning_rate(recipe, changes.pop("learning_rate"))
     return recipe.replace(**changes)
 

@@ -15,7 +15,7 @@ from torch import nn
 import spkv
 from spkv.checkpoint import save, save_adapter
 from spkv.hf.attach import detach
-from spkv.training.inputs import fold_inputs
+from spkv.training.inputs import fold_inputs, inputs_of, set_inputs
 from spkv.training.parameters import ADAPTER_DTYPE
 from spkv.training.trainer import AdaptationTrainer
 
@@ -68,10 +68,11 @@ def save_result(
     model: Any = trainer.model
     if trainer.is_fsdp_enabled:
         # Gathered by all processes, then filled into a model that is whole.
-        weights = trainer.accelerator.get_state_dict(model)
+        weights, inputs = trainer.accelerator.get_state_dict(model), inputs_of(model)
         if trainer.args.should_save:
             model = build()
             model.load_state_dict(weights)
+            set_inputs(model, inputs)
             fold_inputs(model)
     if not trainer.args.should_save:
         return

@@ -10,6 +10,7 @@ import functools
 import json
 import logging
 import math
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from spkv.training.checkpoints import (
 )
 from spkv.training.data import TrainingRows, collate, leaves_window
 from spkv.training.evaluation import Evaluation, evaluate_rows
-from spkv.training.inputs import measure_inputs
+from spkv.training.inputs import inputs_of, measure_inputs
 from spkv.training.parameters import parameter_groups
 from spkv.training.recipes import START_OF_CONTROL, Recipe
 from spkv.training.regularisers import FORMS
@@ -101,16 +102,17 @@ class AdaptationTrainer(Trainer):
         """Put the gate and lambda of `step` in force."""
         self.attachment.gate = self._gate(step)
         self.regulariser = self._regulariser(step)
-        if step == 0 and self.is_fsdp_enabled:
+        if step == 0:
             self.measure_inputs()
 
     def measure_inputs(self) -> None:
         """Let predictors see the rows of the first step, if the recipe wants their inputs standardised.
 
-        To be called before training starts; a model that is sharded only then is seen to in its first step.
+        Done as training starts, unless it has been done. With compiled parts it is better done before: rows come one by
+        one here, and every shape is compiled.
         """
-        if self.recipe.gates and self.recipe.standardised_inputs:
-            assert self.model is not None
+        assert self.model is not None
+        if self.recipe.gates and self.recipe.standardised_inputs and not inputs_of(self.model):
             rows = self.recipe.tokens_per_step // self.recipe.sequence_length
             measure_inputs(self.model, Subset(self.rows, range(rows)), self.accelerator)
 
@@ -171,6 +173,7 @@ class AdaptationTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; see transformers' `Trainer.train`."""
         assert self.model is not None
+        # FSDP computes in half precision without that copy.
         with contextlib.nullcontext() if self.is_fsdp_enabled else _without_logits(self.model):
             return super().train(*args, **kwargs)
 
@@ -281,9 +284,15 @@ class AdaptationTrainer(Trainer):
         measured = self.accelerator.reduce(self._measured, "sum").tolist()
         super()._save_checkpoint(model, trial)
         path = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        if self._stores_predictors:
+        if self.recipe.gates:
             trained: Any = model if self.is_fsdp_enabled else self.model
-            save_trained_predictors(trained, path, sharded=self.is_fsdp_enabled, write=self.args.should_save)
+            save_trained_predictors(
+                trained,
+                path,
+                sharded=self.is_fsdp_enabled,
+                write=self.args.should_save,
+                weights=not self._stored_with_the_model,
+            )
         if self.args.should_save:
             state = {
                 "step": self.state.global_step,
@@ -295,9 +304,9 @@ class AdaptationTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     @property
-    def _stores_predictors(self) -> bool:
-        """Whether they are stored apart: of a whole sharded model transformers stores everything itself."""
-        return self.recipe.gates and not (self.is_fsdp_enabled and self.recipe.lora_rank is None)
+    def _stored_with_the_model(self) -> bool:
+        """Whether transformers itself stores the weights of predictors: of a sharded model, unless it has LoRA."""
+        return self.is_fsdp_enabled and self.recipe.lora_rank is None
 
     def _identity(self) -> dict[str, Any]:
         return {**self.recipe.to_dict(), **self.rows.identity()}
@@ -322,9 +331,9 @@ class AdaptationTrainer(Trainer):
             self._measured.copy_(torch.tensor(state["measured"], dtype=torch.float64))
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-            if self._stores_predictors:
+            if self.recipe.gates:
                 assert model is not None
-                load_trained_predictors(model, Path(resume_from_checkpoint))
+                load_trained_predictors(model, Path(resume_from_checkpoint), weights=not self._stored_with_the_model)
             return
         model = self.model if model is None else model
         assert model is not None
@@ -344,31 +353,37 @@ class AdaptationTrainer(Trainer):
                     f"{resume_from_checkpoint} does not fit the model: {missing[:3]} are missing, "
                     f"{result.unexpected_keys[:3]} are not wanted"
                 )
-        if self._stores_predictors:
+        if self.recipe.gates:
             load_trained_predictors(model, Path(resume_from_checkpoint))
 
 
 @contextlib.contextmanager
-def _without_logits(model: nn.Module) -> Iterator[None]:
+def _without_logits(model: Any) -> Iterator[None]:
     """Inside, a pass with labels returns its loss and no logits.
 
     accelerate copies to float32 whatever a model in half precision returns, and logits are much: 4 GiB for 4,096 tokens
-    and a vocabulary of 262,144. What it puts around the forward pass stays there, so that this is switched off.
+    and a vocabulary of 262,144. What it puts around the forward pass stays there afterwards, so that ours must, too.
     """
-    inside, forward = True, model.forward
+    before, inside = vars(model).get("forward"), True
+    forward = model.forward.__func__
 
+    # A method as it was one, for those who copy the model or look for what was there before.
     @functools.wraps(forward)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        output = forward(*args, **kwargs)
+    def without_logits(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
         if not inside or output.get("loss") is None:
             return output
         return type(output)(**{name: value for name, value in output.items() if name != "logits"})
 
-    model.forward = wrapped
+    model.forward = ours = types.MethodType(without_logits, model)
     try:
         yield
     finally:
         inside = False
+        if vars(model).get("forward") is ours:
+            del model.forward
+            if before is not None:
+                model.forward = before
 
 
 class _StepCallback(TrainerCallback):

@@ -154,6 +154,27 @@ def test_local_layers_compute_the_same_by_our_operator(model_type, relative_erro
         assert relative_error(results[1][0][:1, :33], dense) < 1e-5
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_local_layers_train_by_our_kernel_on_a_gpu(relative_error, monkeypatch):
+    shape = dict(hidden_size=640, head_dim=256, num_attention_heads=4, num_key_value_heads=1, sliding_window=512)
+    config = transformers.Gemma3TextConfig(**(COMMON | MIXED | shape | dict(max_position_embeddings=4096)))
+    torch.manual_seed(0)
+    model = spkv.attach(AutoModelForCausalLM.from_config(config, dtype=torch.float32).cuda().train())
+    ids = torch.randint(3, VOCABULARY, (2, 2048), device="cuda")
+    segment_ids = torch.stack([torch.arange(2048) // 1500, torch.arange(2048) // 400]).cuda()
+    results = {}
+    for name, ours, half in (("exact", False, False), ("masked", False, True), ("ours", True, True)):
+        monkeypatch.setattr(forward, "_runs_kernels", lambda query, ours=ours: ours)
+        model.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16, enabled=half):
+            loss = model(ids, labels=ids, segment_ids=segment_ids, use_cache=False).loss
+        loss.backward()
+        results[name] = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    for exact, masked, ours in zip(*(results[name] for name in ("exact", "masked", "ours")), strict=True):
+        assert relative_error(ours, exact) <= 2 * relative_error(masked, exact) + 1e-6
+
+
 def test_open_gates_equal_the_original_and_detaching_restores_it(model, relative_error):
     ids = torch.randint(3, VOCABULARY, (2, 40))
     with torch.no_grad():

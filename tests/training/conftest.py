@@ -6,13 +6,20 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
 
+from spkv.checkpoint import load_base
+from spkv.hf.attach import attach
+from spkv.training.data import PackedRows, TrainingRows
+from spkv.training.parameters import prepare_parameters
 from spkv.training.recipes import Recipe, get_recipe
+from spkv.training.tokens import tokenize_files
+from spkv.training.trainer import AdaptationTrainer
 
 VOCABULARY = ["<|endoftext|>", "<unk>", *map(chr, range(32, 127)), "\n"]
 
@@ -85,7 +92,6 @@ def small_recipe(name: str = "fast", **changes: object) -> Recipe:
         window=8,
         learning_rate=3e-3,
         predictor_lr_multiplier=3.0,
-        standardised_inputs=True,
         soft_fraction=0.5,
         anneal_steps=3,
         warmup_fraction=0.2,
@@ -111,3 +117,54 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+class Watch(TrainerCallback):
+    """Calls a function with the trainer before every step, and once at the end."""
+
+    def __init__(self, look: Callable[[AdaptationTrainer], None]):
+        self.look = look
+        self.trainer: Any = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.look(self.trainer)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.look(self.trainer)
+
+
+@pytest.fixture
+def make_trainer(model_directory: Path, text_file: Path, tokenizer: Any, tmp_path: Path) -> Callable[..., Any]:
+    def make(
+        recipe: Recipe,
+        batch_size: int = 2,
+        look: Callable[[AdaptationTrainer], None] | None = None,
+        **arguments: Any,
+    ) -> AdaptationTrainer:
+        rows = PackedRows(tokenize_files([text_file], tokenizer, progress=False), recipe.sequence_length)
+        torch.manual_seed(0)
+        model = prepare_parameters(attach(load_base(model_directory), recipe.config()), recipe)
+        rows_per_step = recipe.tokens_per_step // recipe.sequence_length
+        args = TrainingArguments(
+            output_dir=str(tmp_path / "run"),
+            max_steps=recipe.total_steps(0),
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=rows_per_step // batch_size,
+            max_grad_norm=recipe.max_grad_norm,
+            logging_steps=1,
+            save_strategy="no",
+            remove_unused_columns=False,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            **arguments,
+        )
+        training_rows = TrainingRows(rows, recipe.total_steps(0) * rows_per_step, 0)
+        trainer = AdaptationTrainer(model, args, recipe, training_rows)
+        if look is not None:
+            watch = Watch(look)
+            watch.trainer = trainer
+            trainer.add_callback(watch)
+        return trainer
+
+    return make

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from accelerate import Accelerator
 from hypothesis import given
@@ -9,10 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spkv.checkpoint import load_base
+from spkv.gates import OpenGate
 from spkv.hf.attach import attach, attachment
 from spkv.predictor import UtilityPredictor
 from spkv.training.data import PackedRows, spread
-from spkv.training.inputs import measure_inputs
+from spkv.training.inputs import inputs_of, measure_inputs
 from spkv.training.parameters import prepare_parameters
 from spkv.training.tokens import tokenize_files
 
@@ -23,9 +25,7 @@ def test_folding_changes_nothing_but_the_weights(depth: int, width: int, seed: i
     predictor = UtilityPredictor(7, 2, width, 0.5, depth)
     hidden_states = 3 * torch.randn(2, 5, 7) + torch.arange(7)
     assert torch.equal(_plain(predictor)(hidden_states), predictor(hidden_states))
-    predictor.standardise_inputs()
     before = predictor(hidden_states)
-    assert torch.equal(before, _plain(predictor)(hidden_states))
     predictor.standardise_inputs(torch.randn(7), torch.rand(7) + 0.1)
     expected = predictor(hidden_states)
     assert not torch.allclose(expected, before)
@@ -57,7 +57,7 @@ def test_each_channel_has_mean_0_and_variance_1(model_directory, text_file, toke
             lambda _, args, layer=layer: read.setdefault(layer, []).append(args[0].flatten(0, 1))
         )
     for row in rows:
-        with torch.no_grad():
+        with torch.no_grad(), attachment(model).using(OpenGate()):
             model(**{key: value[None] for key, value in row.items()}, use_cache=False)
     assert len(read) == 2
     for inputs in map(torch.cat, read.values()):
@@ -78,7 +78,9 @@ def test_a_channel_that_does_not_vary_is_not_blown_up(model_directory, text_file
     assert torch.isfinite(scale).all()
 
 
-def test_only_gates_have_inputs(model_directory, recipe_of) -> None:
-    recipe = recipe_of("dense-control", standardised_inputs=True)
-    model = prepare_parameters(attach(load_base(model_directory), recipe.config()), recipe)
-    assert all(predictor.input_mean is None for predictor in attachment(model).predictors.values())
+@pytest.mark.parametrize(("name", "wanted"), [("fast", True), ("fast", False), ("dense-control", True)])
+def test_a_trainer_measures_what_the_recipe_wants(make_trainer, recipe_of, name, wanted) -> None:
+    trainer = make_trainer(recipe_of(name, steps=2, standardised_inputs=wanted))
+    assert not inputs_of(trainer.model)
+    trainer.train()
+    assert len(inputs_of(trainer.model)) == (4 if wanted and name == "fast" else 0)

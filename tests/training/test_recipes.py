@@ -26,7 +26,7 @@ def test_the_predictor_learns_as_fast_with_lora() -> None:
     assert rates[0] == pytest.approx(rates[1])
 
 
-@pytest.mark.parametrize("name", ["fast", "fast-lora", "fast-frozen"])
+@pytest.mark.parametrize("name", ["fast", "fast-lora"])
 def test_another_learning_rate_is_the_models_alone(name) -> None:
     usual, lower = get_recipe(name), get_recipe(name, learning_rate=1e-5)
     assert lower.learning_rate == 1e-5
@@ -34,6 +34,9 @@ def test_another_learning_rate_is_the_models_alone(name) -> None:
     both = get_recipe(name, learning_rate=1e-5, predictor_lr_multiplier=7.0)
     assert (both.learning_rate, both.predictor_lr_multiplier) == (1e-5, 7.0)
     assert get_recipe("paper", learning_rate=1e-5).predictor_lr_multiplier == 5.0
+    # Where the predictor alone is trained, there is no other rate.
+    assert get_recipe("fast-frozen", learning_rate=1e-5).predictor_lr_multiplier == 25.0
+    assert get_recipe("fast", learning_rate=1e-5, freeze_model=True).predictor_lr_multiplier == 25.0
 
 
 def test_the_control_differs_from_fast_in_its_gates_alone() -> None:

@@ -11,6 +11,7 @@ import torch
 from spkv.checkpoint import load_base
 from spkv.hf.attach import attach, attachment
 from spkv.training.checkpoints import load_trained_predictors, save_trained_predictors
+from spkv.training.inputs import inputs_of
 from spkv.training.parameters import prepare_parameters
 
 # Two processes shard a model's layers; a loss with the utilities in it must have the gradients of the whole model.
@@ -79,5 +80,7 @@ def test_predictors_survive_beside_lora(model_directory, recipe_of, tmp_path, sh
     load_trained_predictors(loaded, tmp_path)
     expected, actual = saved.state_dict(), loaded.state_dict()
     names = [name for name in expected if "utility_predictor" in name]
-    assert len(names) == 2 * (4 + 2)
+    assert len(names) == 2 * 4
     assert all(torch.equal(expected[name], actual[name]) for name in names)
+    assert len(inputs_of(saved)) == 2 * 2
+    assert all(torch.equal(inputs_of(saved)[name], value) for name, value in inputs_of(loaded).items())

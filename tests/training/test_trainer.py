@@ -1,78 +1,23 @@
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer
 
 from spkv.checkpoint import load_base
 from spkv.gates import OpenGate
 from spkv.hf.attach import attach, attachment
-from spkv.training.data import PackedRows, TrainingRows
 from spkv.training.parameters import parameter_groups, prepare_parameters
-from spkv.training.recipes import START_OF_CONTROL, Recipe
+from spkv.training.recipes import START_OF_CONTROL
 from spkv.training.regularisers import FORMS
 from spkv.training.schedule import DensityController
-from spkv.training.tokens import tokenize_files
 from spkv.training.trainer import AdaptationTrainer
-
-
-class Watch(TrainerCallback):
-    """Calls a function with the trainer before every step, and once at the end."""
-
-    def __init__(self, look: Callable[[AdaptationTrainer], None]):
-        self.look = look
-        self.trainer: Any = None
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.look(self.trainer)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.look(self.trainer)
-
-
-@pytest.fixture
-def make_trainer(model_directory: Path, text_file: Path, tokenizer: Any, tmp_path: Path) -> Callable[..., Any]:
-    def make(
-        recipe: Recipe,
-        batch_size: int = 2,
-        look: Callable[[AdaptationTrainer], None] | None = None,
-        **arguments: Any,
-    ) -> AdaptationTrainer:
-        rows = PackedRows(tokenize_files([text_file], tokenizer, progress=False), recipe.sequence_length)
-        torch.manual_seed(0)
-        model = prepare_parameters(attach(load_base(model_directory), recipe.config()), recipe)
-        rows_per_step = recipe.tokens_per_step // recipe.sequence_length
-        args = TrainingArguments(
-            output_dir=str(tmp_path / "run"),
-            max_steps=recipe.total_steps(0),
-            per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=rows_per_step // batch_size,
-            max_grad_norm=recipe.max_grad_norm,
-            logging_steps=1,
-            save_strategy="no",
-            remove_unused_columns=False,
-            report_to=[],
-            disable_tqdm=True,
-            use_cpu=True,
-            **arguments,
-        )
-        training_rows = TrainingRows(rows, recipe.total_steps(0) * rows_per_step, 0)
-        trainer = AdaptationTrainer(model, args, recipe, training_rows)
-        if look is not None:
-            watch = Watch(look)
-            watch.trainer = trainer
-            trainer.add_callback(watch)
-        return trainer
-
-    return make
 
 
 def weights(model: nn.Module, part: str = "") -> dict[str, Tensor]:
@@ -323,4 +268,13 @@ def test_a_step_returns_no_logits_and_the_model_still_does(make_trainer, recipe_
     assert all(names == {"loss"} for names in returned)
     ids = torch.arange(8)[None]
     with torch.no_grad():
-        assert trainer.model(input_ids=ids, labels=ids, use_cache=False).logits.shape == (1, 8, 128)
+        logits = trainer.model(input_ids=ids, labels=ids, use_cache=False).logits
+        assert logits.shape == (1, 8, 128)
+        # What accelerate leaves around the forward pass follows the copy, and can be taken off.
+        copied = copy.deepcopy(trainer.model)
+        for parameter in copied.parameters():
+            parameter.zero_()
+        assert not torch.allclose(copied(input_ids=ids, use_cache=False).logits, logits)
+        plain = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        assert plain(input_ids=ids, use_cache=False).logits.shape == (1, 8, 128)
+    assert half or "forward" not in vars(trainer.model)

@@ -84,7 +84,10 @@ def scale_scores(products, scale, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def mask_scores(scores, distance, bias, window, same_segment, GATED: tl.constexpr, SEGMENTED: tl.constexpr):
+def mask_scores(
+    scores, distance, bias, window, same_segment,
+    GATED: tl.constexpr, SLIDING: tl.constexpr, SEGMENTED: tl.constexpr,
+):  # fmt: skip
     """Scores of a tile that crosses an edge: the bias past the window only, minus infinity where a key is not seen.
 
     `distance` is the query's index less the key's; every tile argument broadcasts to the scores' shape, so that the
@@ -93,6 +96,8 @@ def mask_scores(scores, distance, bias, window, same_segment, GATED: tl.constexp
     if GATED:
         scores += tl.where(distance >= window, bias, 0.0)
     visible = distance >= 0
+    if SLIDING:
+        visible = visible & (distance < window)
     if SEGMENTED:
         visible = visible & same_segment
     return tl.where(visible, scores, float("-inf"))

@@ -10,7 +10,8 @@ With w = 128 nearly all tiles of a long text are full, and the edges (the window
     forward, dq   a program per query tile walks the keys:    [masked: other segments] [full] [masked: window, diagonal]
     dk, dv, dbias a program per key tile walks the queries: [masked: diagonal, window] [full] [masked: other segments]
 
-A sliding window has no pairs past it, and so no full tiles: of each walk there is the part with window and diagonal.
+With a sliding window nothing past it is walked: of each walk there is the part with window and diagonal. All its tiles
+are masked, those inside of the window for nothing.
 
 The second walks them for every query head of its group, which is what keeps dk, dv and the gradient of the bias in
 registers: no atomics, no partial sums in memory. As usual, with P the normalised weights and delta = sum(do * o):
@@ -139,9 +140,7 @@ def _forward(
                     column_segment = tl.load(segments_ptr + columns, mask=columns < T, other=0)
                     same_segment = row_segment[:, None] == column_segment[None, :]
                 distance = rows[:, None] - columns[None, :]
-                scores = mask_scores(scores, distance, bias, window, same_segment, GATED, SEGMENTED)
-                if SLIDING:
-                    scores = tl.where(distance < window, scores, float("-inf"))
+                scores = mask_scores(scores, distance, bias, window, same_segment, GATED, SLIDING, SEGMENTED)
             weights, rescale, top, total = online_softmax_update(scores, top, total)
             v = load_tile(v_ptr, b, kv_head, n * N, v_b, v_h, v_t, T, N, D, WIDTH, part != 1, DESCRIBED)
             out = out * rescale[:, None] + dot(weights.to(v.dtype), v, PRECISION, UPCAST)
@@ -226,9 +225,7 @@ def _backward_dq(
                     column_segment = tl.load(segments_ptr + columns, mask=columns < T, other=0)
                     same_segment = row_segment[:, None] == column_segment[None, :]
                 distance = rows[:, None] - columns[None, :]
-                scores = mask_scores(scores, distance, bias, window, same_segment, GATED, SEGMENTED)
-                if SLIDING:
-                    scores = tl.where(distance < window, scores, float("-inf"))
+                scores = mask_scores(scores, distance, bias, window, same_segment, GATED, SLIDING, SEGMENTED)
             ds = tl.exp2(scores - lse) * (dot(do, v.T, PRECISION, UPCAST) - delta)
             if SOFTCAP:
                 ds *= slope
@@ -304,9 +301,7 @@ def _backward_dkdv(
                     if SEGMENTED:
                         row_segment = tl.load(segments_ptr + rows, mask=rows < T, other=0)
                         same_segment = row_segment[None, :] == column_segment[:, None]
-                    scores = mask_scores(scores, distance, bias, window, same_segment, GATED, SEGMENTED)
-                    if SLIDING:
-                        scores = tl.where(distance < window, scores, float("-inf"))
+                    scores = mask_scores(scores, distance, bias, window, same_segment, GATED, SLIDING, SEGMENTED)
                 weights = tl.exp2(scores - lse)
                 dv += dot(weights.to(do.dtype), do, PRECISION, UPCAST)
                 ds = weights * (dot(v, do.T, PRECISION, UPCAST) - delta)
@@ -396,9 +391,8 @@ class _GatedAttention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, log_gate, sinks, out, log_sum)
         ctx.segment_ids = segment_ids  # the very tensor, which `_ranges` knows
         ctx.segments_version = None if segment_ids is None else _version(segment_ids)
-        ctx.gated, ctx.sliding, ctx.window, ctx.scale, ctx.softcap, ctx.tiles = (
-            gated, sliding, window, scale, softcap, tiles,
-        )  # fmt: skip
+        ctx.gated, ctx.sliding, ctx.window = gated, sliding, window
+        ctx.scale, ctx.softcap, ctx.tiles = scale, softcap, tiles
         return out
 
     @staticmethod
