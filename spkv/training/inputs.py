@@ -1,9 +1,9 @@
 """Predictors' inputs brought to one scale, so that a learning rate means the same to all models.
 
-What enters attention differs between models and layers: its root mean square is 0.05 to 0.4 in SmolLM2-135M, and 0.6 to
-2 in Gemma-3-270M, a few channels hold most of it, and most of those are nearly constant. Adam moves every weight as far
-in a step, whatever its input, so that what a step does to a utility grows with that scale. Standardised, each channel
-has mean 0 and variance 1; when training ends, that goes into the weights (`UtilityPredictor.fold_inputs`).
+What enters attention differs in scale between models (Gemma-3-270M's is several times SmolLM2-135M's) and layers, and a
+few channels hold most of it. Adam moves every weight as far in a step, whatever its input, so that what a step does to
+a utility grows with that scale. Standardised, each channel has mean 0 and variance 1; when training ends, that goes
+into the weights (`UtilityPredictor.fold_inputs`).
 """
 
 from __future__ import annotations

@@ -5,12 +5,9 @@ Legend: B rows of a batch, T tokens of a row, L layers with a predictor, Hkv KV 
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import json
 import logging
 import math
-import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +38,7 @@ from spkv.training.checkpoints import (
 from spkv.training.data import TrainingRows, collate, leaves_window
 from spkv.training.evaluation import Evaluation, evaluate_rows
 from spkv.training.inputs import inputs_of, measure_inputs
+from spkv.training.logits import without_logits
 from spkv.training.parameters import parameter_groups
 from spkv.training.recipes import START_OF_CONTROL, Recipe
 from spkv.training.regularisers import FORMS
@@ -102,8 +100,6 @@ class AdaptationTrainer(Trainer):
         """Put the gate and lambda of `step` in force."""
         self.attachment.gate = self._gate(step)
         self.regulariser = self._regulariser(step)
-        if step == 0:
-            self.measure_inputs()
 
     def measure_inputs(self) -> None:
         """Let predictors see the rows of the first step, if the recipe wants their inputs standardised.
@@ -173,8 +169,7 @@ class AdaptationTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; see transformers' `Trainer.train`."""
         assert self.model is not None
-        # FSDP computes in half precision without that copy.
-        with contextlib.nullcontext() if self.is_fsdp_enabled else _without_logits(self.model):
+        with without_logits(self.model):
             return super().train(*args, **kwargs)
 
     def get_batch_samples(
@@ -357,35 +352,6 @@ class AdaptationTrainer(Trainer):
             load_trained_predictors(model, Path(resume_from_checkpoint))
 
 
-@contextlib.contextmanager
-def _without_logits(model: Any) -> Iterator[None]:
-    """Inside, a pass with labels returns its loss and no logits.
-
-    accelerate copies to float32 whatever a model in half precision returns, and logits are much: 4 GiB for 4,096 tokens
-    and a vocabulary of 262,144. What it puts around the forward pass stays there afterwards, so that ours must, too.
-    """
-    before, inside = vars(model).get("forward"), True
-    forward = model.forward.__func__
-
-    # A method as it was one, for those who copy the model or look for what was there before.
-    @functools.wraps(forward)
-    def without_logits(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = forward(self, *args, **kwargs)
-        if not inside or output.get("loss") is None:
-            return output
-        return type(output)(**{name: value for name, value in output.items() if name != "logits"})
-
-    model.forward = ours = types.MethodType(without_logits, model)
-    try:
-        yield
-    finally:
-        inside = False
-        if vars(model).get("forward") is ours:
-            del model.forward
-            if before is not None:
-                model.forward = before
-
-
 class _StepCallback(TrainerCallback):
     """Tells the trainer which step it is in; the Trainer offers no method to override for it."""
 
@@ -395,6 +361,8 @@ class _StepCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if state.global_step == 0:
+            self.trainer.measure_inputs()
         self.trainer.set_step(state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
