@@ -195,6 +195,13 @@ def adapt(
             "25 times 3e-4 of fast."
         ),
     ] = None,
+    standardised_inputs: Annotated[
+        bool,
+        typer.Option(
+            "--standardised-inputs",
+            help="Scale what predictors read to mean 0 and variance 1 while they learn: better for Gemma.",
+        ),
+    ] = False,
     validation: Annotated[
         list[Path] | None, typer.Option(metavar="FILE...", help="Held-out text to evaluate; repeatable.")
     ] = None,
@@ -231,6 +238,7 @@ def adapt(
             "sequence_length": sequence_length,
             "learning_rate": learning_rate,
             "predictor_lr_multiplier": predictor_lr_multiplier,
+            "standardised_inputs": standardised_inputs or None,
         }
         summary = run_adapt(
             model,

@@ -376,13 +376,14 @@ def test_adapt_hands_its_options_on(run_json, monkeypatch, tmp_path):
     result = run_json(
         "adapt", "some-model", "--data", "a.txt", "b.jsonl", "--data", "c.txt", "--output", tmp_path, "--recipe",
         "paper", "--lora-rank", 8, "--tokens", 5000, "--sequence-length", 64, "--learning-rate", 0.01,
-        "--validation", "d.txt", "--resume", "--seed", 7, "--window", 32,
+        "--validation", "d.txt", "--resume", "--seed", 7, "--window", 32, "--standardised-inputs",
     )  # fmt: skip
     assert result == {"steps": 3}
     (model, data, output, recipe), options = calls[0]
     assert (model, sorted(map(str, data)), output) == ("some-model", ["a.txt", "b.jsonl", "c.txt"], tmp_path)
     assert (recipe.name, recipe.lora_rank, recipe.tokens, recipe.window) == ("paper", 8, 5000, 32)
     assert (recipe.sequence_length, recipe.learning_rate, recipe.target_density) == (64, 0.01, None)
+    assert recipe.standardised_inputs
     assert options == {
         "validation": [Path("d.txt")],
         "batch_size": None,
