@@ -8,6 +8,7 @@ function, which alone meets the cache.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -47,6 +48,7 @@ class ForwardContext:
         cache: the cache to write to, or None.
         valid: [B, T] bool, False at padding, or None.
         segment_ids: [B, T], or None; set without a cache only.
+        padded: the same with padding as a segment of its own, or None without padding or with a cache.
         record: where utilities go, or None.
         utility: [B, Hkv, T], once the attention's pre-hook has run.
         keep: [B, Hkv, T] bool, what a hard gate makes of it where there is a cache.
@@ -58,9 +60,35 @@ class ForwardContext:
     cache: SPKVCache | None
     valid: Tensor | None
     segment_ids: Tensor | None
+    padded: PaddedSegments | None
     record: Record | None
     utility: Tensor | None = None
     keep: Tensor | None = None
+
+
+class PaddedSegments:
+    """Segment ids in which padding is a segment of its own, for all layers of a pass alike.
+
+    Args:
+        valid: [B, T] bool, False at padding.
+        segment_ids: [B, T], or None.
+    """
+
+    def __init__(self, valid: Tensor, segment_ids: Tensor | None):
+        self.valid, self.segment_ids = valid, segment_ids
+
+    @functools.cached_property
+    def ids(self) -> Tensor:
+        """[B, T]; made when the first layer asks, since not all kinds of attention do.
+
+        Raises:
+            ValueError: if padding lies between tokens of a row, where distances in columns and in tokens differ.
+        """
+        valid = self.valid
+        if bool(((valid[:, 1:] != valid[:, :-1]).sum(1) > 1).any()):
+            raise ValueError("attention_mask has padding between tokens; without a cache it may stand at the ends only")
+        segments = torch.ones_like(valid, dtype=torch.long) if self.segment_ids is None else self.segment_ids
+        return segments.masked_fill(~valid, -1)
 
 
 def mask(original: str, *args: Any, local_size: int | None = None, **kwargs: Any) -> Any:
@@ -114,7 +142,10 @@ def decoder_pre_hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         position = (seen + valid.cumsum(1) - 1).clamp_min(0)
     elif position is None:
         position = torch.arange(past, past + T, device=inputs.device)[None]
-    context = ForwardContext(found, found.gate, position, cache, valid, segment_ids, found._record)
+    padded = None if valid is None or cache is not None else PaddedSegments(valid, segment_ids)
+    if found._record is not None:
+        found._record.utilities = {}
+    context = ForwardContext(found, found.gate, position, cache, valid, segment_ids, padded, found._record)
     if found.decoder.family.passes_keywords:
         return (), {**kwargs, _KEYWORD: context}
     if module.training and getattr(module, "gradient_checkpointing", False):
@@ -223,7 +254,8 @@ def _utility_and_keep(context: ForwardContext, module: Any, hidden_states: Tenso
     else:
         utility = predictor(hidden_states)
     if context.record is not None:
-        context.record.utilities[module.layer_idx] = utility
+        # Not what gradient checkpointing computes again: kept to the end, it would hold the memory that this saves.
+        context.record.utilities.setdefault(module.layer_idx, utility)
     if context.cache is None:
         return utility, None
     if keep is None:
@@ -274,7 +306,7 @@ def attention(
         # Open gates add nothing, and attention without a gate costs less.
         is_open = isinstance(gate, OpenGate)
         log_gate = None if is_open else gate.log_gate(utility, layer=layer, position=spkv.position)
-        segment_ids = spkv.segment_ids if spkv.valid is None else _padding_segments(spkv.valid, spkv.segment_ids)
+        segment_ids = spkv.segment_ids if spkv.padded is None else spkv.padded.ids
         out = gated_attention(
             query,
             key,
@@ -331,15 +363,3 @@ def _of_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not torch.is_autocast_enabled(device):
         return tensors
     return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
-
-
-def _padding_segments(valid: Tensor, segment_ids: Tensor | None) -> Tensor:
-    """Segment ids in which padding is a segment of its own.
-
-    Raises:
-        ValueError: if padding lies between tokens of a row, where distances in columns and in tokens differ.
-    """
-    if bool(((valid[:, 1:] != valid[:, :-1]).sum(1) > 1).any()):
-        raise ValueError("attention_mask has padding between tokens; without a cache it may stand at the ends only")
-    segments = torch.ones_like(valid, dtype=torch.long) if segment_ids is None else segment_ids
-    return segments.masked_fill(~valid, -1)

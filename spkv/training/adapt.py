@@ -102,7 +102,7 @@ def adapt(
     from spkv.checkpoint import PACKAGED_MODELS, load_base, resolve_model, stored_config
     from spkv.hf.attach import attach
     from spkv.training.calibration import calibrate
-    from spkv.training.checkpoints import last_checkpoint
+    from spkv.training.checkpoints import last_checkpoint, stored_batch_size
     from spkv.training.data import PackedRows, TrainingRows, spread
     from spkv.training.inputs import fold_inputs
     from spkv.training.parameters import (
@@ -112,7 +112,13 @@ def adapt(
         round_trained_parameters,
     )
     from spkv.training.result import circumstances, finished_run, save_result
-    from spkv.training.sizes import accumulation_steps, base_parameters, check_sizes, default_batch_size
+    from spkv.training.sizes import (
+        accumulation_steps,
+        allowed_batch_sizes,
+        base_parameters,
+        check_sizes,
+        default_batch_size,
+    )
     from spkv.training.tokens import document_prefix, tokenize_files
     from spkv.training.trainer import AdaptationTrainer
 
@@ -170,7 +176,11 @@ def adapt(
     prepared = build()
     steps = recipe.total_steps(base_parameters(prepared))
     if batch_size is None:
-        batch_size = default_batch_size(prepared, recipe, processes.num_processes, gradient_checkpointing)
+        known = None if checkpoint is None else stored_batch_size(checkpoint)
+        if known in allowed_batch_sizes(recipe, processes.num_processes):
+            batch_size = known  # with another one a resumed run is not exact
+        else:
+            batch_size = default_batch_size(prepared, recipe, processes.num_processes, gradient_checkpointing)
     args = training_arguments(
         output,
         recipe,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,12 @@ def last_checkpoint(directory: str | os.PathLike[str]) -> str | None:
         int(path.parent.name.removeprefix("checkpoint-")) for path in Path(directory).glob(f"checkpoint-*/{STATE_FILE}")
     ]
     return str(Path(directory, f"checkpoint-{max(steps)}")) if steps else None
+
+
+def stored_batch_size(checkpoint: str) -> int | None:
+    """Return the rows that each process of the run computed at once; None if an earlier version made the checkpoint."""
+    state = json.loads(Path(checkpoint, STATE_FILE).read_text(encoding="utf-8"))
+    return state.get("batch_size")  # type: ignore[no-any-return]
 
 
 def check_same_run(stored: dict[str, Any], wanted: dict[str, Any], path: str) -> None:

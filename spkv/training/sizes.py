@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -40,17 +41,27 @@ def allowed_batch_sizes(recipe: Recipe, processes: int) -> list[int]:
 
 
 def default_batch_size(model: nn.Module, recipe: Recipe, processes: int, gradient_checkpointing: bool) -> int:
-    """Return the most rows that a process should be able to compute at once: by an estimate on a GPU, 1 on a CPU.
+    """Return the most rows that each process should be able to compute at once: by an estimate on GPUs, 1 on CPUs.
 
-    Per token, training holds logits (in bfloat16, float32, and their gradient) and each layer's activations. The
-    factors fit what SmolLM2 took on an H100: 1.6 MB a token.
+    To be called by all processes, which get the same: with different sizes they would read some rows twice, and others
+    never.
+    """
+    own = _fitting_batch_size(model, recipe, processes, gradient_checkpointing)
+    return int(min(gather_object([own])))
+
+
+def _fitting_batch_size(model: nn.Module, recipe: Recipe, processes: int, gradient_checkpointing: bool) -> int:
+    """What fits into this process' GPU, or 1.
+
+    Per token, training holds logits (in bfloat16, float32, and their gradient) and each layer's activations, or its
+    input alone. The factors fit what SmolLM2 took on an H100: 1.6 MB a token.
     """
     allowed = allowed_batch_sizes(recipe, processes) or [1]
     if not torch.cuda.is_available():
         return 1
     config = find_decoder(model).config
     layer = (
-        2 * config.hidden_size if gradient_checkpointing else 24 * config.hidden_size + 10 * config.intermediate_size
+        4 * config.hidden_size if gradient_checkpointing else 24 * config.hidden_size + 10 * config.intermediate_size
     )
     per_row = recipe.sequence_length * (16 * config.vocab_size + config.num_hidden_layers * layer)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -230,16 +230,13 @@ class AdaptationTrainer(Trainer):
         """Add density and the schedule's values to the training logs; `loss` is the cross-entropy alone.
 
         Raises:
-            FloatingPointError: if the loss is not finite.
+            FloatingPointError: if the loss is not finite, as in `_save_checkpoint`.
         """
         if "loss" in logs and self._logged_steps:
             step = self.state.global_step - 1
             loss, utility, kept, left = self.accelerator.reduce(self._logged, "sum").tolist()
             logs["loss"] = loss / self._logged_steps
-            if not math.isfinite(logs["loss"]):
-                raise FloatingPointError(
-                    f"the loss is {logs['loss']} at step {step}; the learning rate may be too high"
-                )
+            _check_finite(logs["loss"], step)
             if self.recipe.gates:
                 rate = self.recipe.learning_rate * self.recipe.predictor_lr_multiplier
                 logs |= {
@@ -275,8 +272,10 @@ class AdaptationTrainer(Trainer):
     # Checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # On every process: the sums since the controller's last look are spread over them.
+        # On every process: the sums since the controller's last look, and since the last log, are spread over them.
         measured = self.accelerator.reduce(self._measured, "sum").tolist()
+        # What has diverged since the last log is not to be resumed from.
+        _check_finite(self.accelerator.reduce(self._logged, "sum")[_LOSS].item(), self.state.global_step - 1)
         super()._save_checkpoint(model, trial)
         path = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         if self.recipe.gates:
@@ -294,6 +293,7 @@ class AdaptationTrainer(Trainer):
                 "run": self._identity(),
                 "measured": measured,
                 "controller": None if self.controller is None else self.controller.state_dict(),
+                "batch_size": self.args.per_device_train_batch_size,
             }
             (path / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         self.accelerator.wait_for_everyone()
@@ -350,6 +350,11 @@ class AdaptationTrainer(Trainer):
                 )
         if self.recipe.gates:
             load_trained_predictors(model, Path(resume_from_checkpoint))
+
+
+def _check_finite(loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss} at step {step}; the learning rate may be too high")
 
 
 class _StepCallback(TrainerCallback):

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Quanti
 import spkv
 from spkv.cache.pages import PoolFullError
 from spkv.gates import OpenGate, SinkGate, SoftGate, ThresholdGate
+from spkv.hf import forward
+from spkv.ops.attention import gated_attention
 
 GREEDY = dict(max_new_tokens=10, min_new_tokens=10, do_sample=False, pad_token_id=0)
 
@@ -174,10 +176,37 @@ def test_gradient_checkpointing_gives_the_same_gradients(attached):
         attached.zero_grad()
         with attachment.record() as record:
             loss = attached(ids, labels=ids).loss + 0.1 * sum(u.mean() for u in record.utilities.values())
+        before = dict(record.utilities)
         loss.backward()
+        # What is computed again is let go again, layer by layer.
+        assert all(record.utilities[layer] is before[layer] for layer in before)
         gradients.append({n: p.grad.clone() for n, p in attached.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_record_has_the_latest_pass(attached):
+    with spkv.attachment(attached).record() as record, torch.no_grad():
+        for length in (20, 10):
+            attached(text(1, length), use_cache=False)
+    assert {tuple(utility.shape[::2]) for utility in record.utilities.values()} == {(1, 10)}
+
+
+def test_layers_share_what_padding_makes_of_segments(attached, monkeypatch):
+    seen = []
+
+    def spy(*args, segment_ids, **options):
+        seen.append(segment_ids)
+        return gated_attention(*args, segment_ids=segment_ids, **options)
+
+    monkeypatch.setattr(forward, "gated_attention", spy)
+    mask = torch.ones(1, 30)
+    mask[:, :4] = 0
+    with spkv.attachment(attached).using(SoftGate()), torch.no_grad():
+        attached(text(1, 30), attention_mask=mask, use_cache=False)
+    assert len(seen) == 2
+    assert seen[0] is seen[1]
+    assert seen[0].tolist() == [[-1] * 4 + [1] * 26]
 
 
 def test_a_copy_of_an_attached_model_stands_alone(attached):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from spkv.training.checkpoints import last_checkpoint
 from spkv.training.data import PackedRows, spread
 from spkv.training.parameters import prepare_parameters
 from spkv.training.schedule import DensityController
-from spkv.training.sizes import accumulation_steps, allowed_batch_sizes, base_parameters
+from spkv.training.sizes import accumulation_steps, allowed_batch_sizes, base_parameters, default_batch_size
 from spkv.training.tokens import tokenize_files
 from spkv.training.trainer import AdaptationTrainer
 
@@ -225,6 +226,30 @@ def test_a_resumed_run_is_exact(run, run_until, recipe_of, tmp_path, monkeypatch
     assert entries(tmp_path / "broken") == entries(tmp_path / "through")
 
 
+def test_a_resumed_run_keeps_its_batch_size(run, run_until, recipe_of, tmp_path) -> None:
+    run(recipe_of(), "through", save_every=4)
+    run_until(9, recipe_of(), "broken", save_every=4)
+    summary = run(recipe_of(), "broken", resume=True, batch_size=None)
+    assert summary["batch_size"] == 2  # the default of a CPU is 1
+    expected, actual = stored(tmp_path / "through"), stored(tmp_path / "broken")
+    assert all(torch.equal(expected[key], actual[key]) for key in expected)
+
+
+def test_what_has_diverged_is_not_saved(run, recipe_of, tmp_path, monkeypatch) -> None:
+    set_step = AdaptationTrainer.set_step
+
+    def diverge(trainer: AdaptationTrainer, step: int) -> None:
+        set_step(trainer, step)
+        if step == 5:
+            with torch.no_grad():
+                trainer.model.model.norm.weight.fill_(math.nan)
+
+    monkeypatch.setattr(AdaptationTrainer, "set_step", diverge)
+    with pytest.raises(FloatingPointError, match="step 5"):
+        run(recipe_of(), save_every=3, log_every=100)
+    assert last_checkpoint(tmp_path / "out").endswith("checkpoint-3")
+
+
 @pytest.mark.parametrize("name", ["fast", "fast-lora", "fast-frozen"])
 def test_half_precision_as_on_a_gpu(run, run_until, recipe_of, tmp_path, text_file, monkeypatch, name) -> None:
     monkeypatch.setattr(sys.modules["spkv.training.adapt"], "_computes_in_bfloat16", lambda: True)
@@ -355,6 +380,13 @@ def test_accumulation(recipe_of) -> None:
     assert [accumulation_steps(recipe, size, 2) for size in (1, 4, 12)] == [12, 3, 1]
     with pytest.raises(ValueError, match="change tokens_per_step"):
         accumulation_steps(recipe_of(tokens_per_step=100), 1, 1)
+
+
+def test_processes_with_unlike_gpus_take_the_same_batch_size(model_directory, recipe_of, monkeypatch) -> None:
+    sizes = sys.modules["spkv.training.sizes"]
+    monkeypatch.setattr(sizes, "gather_object", lambda own: [4, *own, 2])
+    monkeypatch.setattr(sizes, "_fitting_batch_size", lambda *_: 8)
+    assert default_batch_size(load_base(model_directory), recipe_of(), 3, gradient_checkpointing=False) == 2
 
 
 def test_a_budget_per_parameter_counts_the_base_model_alone(model_directory, recipe_of) -> None:
