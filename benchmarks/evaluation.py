@@ -33,6 +33,7 @@ _MEASURED = (
     "score",
     "loss",
     "continuation_loss",
+    "standard_error",
     "kv_bytes",
     "by_fact",
     "by_turn",

@@ -56,7 +56,7 @@ def evaluations(
 
     Args:
         texts: held-out text, by name.
-        essays: the haystack of RULER's tasks; None takes their default.
+        essays: the haystack of all tasks that have one; None takes their default.
         lengths: of sequences and examples, in tokens.
     """
     for length in lengths:
@@ -64,12 +64,11 @@ def evaluations(
             of_text = _task_arguments("nll", length, max(1, _TOKENS_FOR_LOSSES // length), _LOSS_BATCH)
             yield Evaluation(f"{name}-{length}", (*of_text, "--data", str(file)), name)
     for length in lengths:
-        needles, examples = _DEPTHS * _NEEDLES_AT_A_DEPTH, max(1, _TOKENS // length)
-        yield Evaluation(f"niah-{length}", _task_arguments("niah", length, needles, needles))
-        yield Evaluation(f"turns-{length}", _task_arguments("turns", length, examples, examples))
         haystack = () if essays is None else ("--task-option", f"essays={essays}")
-        for task in GROUPS["ruler_synthetic"]:
-            yield Evaluation(f"{task}-{length}", (*_task_arguments(task, length, examples, examples), *haystack))
+        needles, examples = _DEPTHS * _NEEDLES_AT_A_DEPTH, max(1, _TOKENS // length)
+        for task in ("niah", "turns", *GROUPS["ruler_synthetic"]):
+            count = needles if task == "niah" else examples
+            yield Evaluation(f"{task}-{length}", (*_task_arguments(task, length, count, count), *haystack))
 
 
 def _task_arguments(task: str, length: int, examples: int, batch_size: int) -> tuple[str, ...]:
@@ -191,7 +190,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--name", required=True, help="what the rows call the model")
     parser.add_argument("--commit", required=True, help="that is measured")
     parser.add_argument("--text", type=named_file, action="append", default=[], metavar="NAME=FILE", help="for losses")
-    parser.add_argument("--essays", type=Path, help="haystack of RULER's tasks; default: Python's documentation")
+    parser.add_argument("--essays", type=Path, help="haystack of all tasks; default: Python's documentation")
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
     parser.add_argument("--thresholds", default="0.5", help="of policy spkv, with commas")

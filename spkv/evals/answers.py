@@ -54,8 +54,11 @@ class Answers:
 
     def identity(self) -> dict[str, Any]:
         """What a saved evaluation of the same examples must agree in."""
-        stops = [[question.stop for question in example.questions] for example in self.examples]
-        return {"contexts": self._contexts, "prompts": self._prompts, "stops": stops}
+        questions = [
+            [(question.references, question.max_new_tokens, question.stop) for question in example.questions]
+            for example in self.examples
+        ]
+        return {"contexts": self._contexts, "prompts": self._prompts, "questions": questions}
 
     def check(self, model: PreTrainedModel, press: str | None = None, *, oracle: bool = False) -> None:
         """Raise a ValueError if a model cannot hold the examples, or a method cannot prune them."""

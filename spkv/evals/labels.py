@@ -10,6 +10,11 @@ def format_kept_fraction(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f} ({1 / value:.1f}×)"
 
 
+def differs_in_context(row: dict[str, Any]) -> bool:
+    """Whether another share of the context was kept than of all that was read."""
+    return row["context_kept_fraction"] is not None and row["context_kept_fraction"] != row["kept_fraction"]
+
+
 def policy_label(row: dict[str, Any]) -> str:
     """A row's policy, with what sets it apart from others of that name."""
     if row["threshold"] is not None:
@@ -18,7 +23,7 @@ def policy_label(row: dict[str, Any]) -> str:
 
 
 def beside(name: str, row: dict[str, Any], dense: dict[str, Any] | None) -> str:
-    """A measure with how it differs from the dense one: a score by points, a loss by a share."""
+    """A measure with how it differs from the dense one, a score by points, a loss by a share; ± one standard error."""
     value = row[name]
     if value is None:
         return "–"
@@ -26,4 +31,7 @@ def beside(name: str, row: dict[str, Any], dense: dict[str, Any] | None) -> str:
     other = None if dense is None or dense is row else dense[name]
     if other is None:
         return plain
-    return f"{plain} ({value - other:+.3f})" if name == "score" else f"{plain} ({value / other - 1:+.2%})"
+    error = row["standard_error"].get(name)
+    if name == "score":
+        return f"{plain} ({value - other:+.3f}{'' if error is None else f' ± {error:.3f}'})"
+    return f"{plain} ({value / other - 1:+.2%}{'' if error is None else f' ± {error / other:.2%}'})"

@@ -13,7 +13,9 @@ from spkv.evals.labels import policy_label
 _DPI = 130
 _PANEL = (4.6, 3.6)
 _ACROSS = 3  # panels beside each other
-_MARKERS = "osD^vP*X<>"
+_MOST_INSIDE = 6  # names of lines that a panel has room for; more stand beside it
+_WIDER = 1.65
+_MARKERS = "osD^vP*X<"  # nine, so that ten colours come round with others
 
 Row = dict[str, Any]
 
@@ -57,7 +59,8 @@ def draw_all(rows: Sequence[Row], folder: Path) -> list[tuple[str, Path]]:
     pruned = [row for row in rows if row["threshold"] is not None and row["density"] is not None]
     if pruned:
         file = folder / "density.png"
-        _save(_panels(1), [partial(_density_against_length, rows=pruned)], file)
+        tasks = list(dict.fromkeys(row["task"] for row in pruned))
+        _save(_panels(len(tasks)), [partial(_density_against_length, rows=pruned, task=task) for task in tasks], file)
         drawn.append(("Density against length", file))
     return drawn
 
@@ -80,6 +83,8 @@ def _panels(count: int) -> Any:
 def _save(figure: Any, draw: Sequence[Callable[[Any], None]], file: Path) -> None:
     for axes, panel in zip(list(figure.axes), draw, strict=False):
         panel(axes)
+    if any(len(axes.get_legend_handles_labels()[1]) > _MOST_INSIDE for axes in figure.axes):
+        figure.set_figwidth(_WIDER * figure.get_figwidth())
     figure.savefig(file, format="png", dpi=_DPI, metadata={"Software": None})
 
 
@@ -120,16 +125,19 @@ def _against_position(axes: Any, rows: Sequence[Row]) -> None:
     _finish(axes, "position", "loss")
 
 
-def _density_against_length(axes: Any, rows: Sequence[Row]) -> None:
-    for index, (task, label) in enumerate(dict.fromkeys((row["task"], _label(row)) for row in rows)):
-        points = sorted((r["length"], r["density"]) for r in rows if (r["task"], _label(r)) == (task, label))
+def _density_against_length(axes: Any, rows: Sequence[Row], task: str) -> None:
+    """The lines of one task; all tasks have the lengths that any of the rows has."""
+    same = [row for row in rows if row["task"] == task]
+    for index, label in enumerate(dict.fromkeys(_label(row) for row in same)):
+        points = sorted((row["length"], row["density"]) for row in same if _label(row) == label)
         marker = _MARKERS[index % len(_MARKERS)]
-        axes.plot(*zip(*points, strict=True), marker=marker, markersize=5, label=_plain(f"{task}, {label}"))
+        axes.plot(*zip(*points, strict=True), marker=marker, markersize=5, label=_plain(label))
+    axes.set_title(_plain(task), fontsize=10)
     axes.set_xscale("log", base=2)
     lengths = sorted({row["length"] for row in rows})
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.minorticks_off()
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.2 * max(row["density"] for row in same) or 1)
     _finish(axes, "length", "density")
 
 
@@ -159,7 +167,10 @@ def _finish(axes: Any, across: str, up: str) -> None:
     axes.set_ylabel(up, fontsize=9)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
-    if axes.get_legend_handles_labels()[0]:
+    names = len(axes.get_legend_handles_labels()[1])
+    if names > _MOST_INSIDE:
+        axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.02))
+    elif names:
         axes.legend(fontsize=7)
 
 

@@ -1,7 +1,8 @@
 """What an evaluation has measured so far: a record for each example and policy, saved as soon as it is there.
 
-A directory of results holds `arguments.json`, what was asked for; `examples.jsonl`, the records; and `results.json`,
-the rows made of them, which `spkv report` reads.
+A directory of results holds `arguments.json`, what was asked for; `examples.jsonl`, the records; `results.json`, the
+rows made of them, which `spkv report` reads; and `seconds.json`, what each of them took, which alone differs from one
+evaluation to another of the same seed on the same device.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ARGUMENTS_FILE, EXAMPLES_FILE, RESULTS_FILE = "arguments.json", "examples.jsonl", "results.json"
+SECONDS_FILE = "seconds.json"
 _FORMAT = 1
 
 Key = tuple[str, int, str]
@@ -34,17 +36,33 @@ class Records:
         self.output = None if output is None else Path(output)
         self.arguments: dict[str, Any] = json.loads(json.dumps(arguments))
         self._records: dict[Key, dict[int, dict[str, Any]]] = {}
+        self._weights: dict[str, str] = {}
         if self.output is None:
             return
         self.output.mkdir(parents=True, exist_ok=True)
         file = self.output / ARGUMENTS_FILE
         if file.is_file():
-            self._check_arguments(json.loads(file.read_text(encoding="utf-8")))
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            self._weights = stored.pop("weights", {})
+            self._check_arguments(stored)
             self._load(self.output / EXAMPLES_FILE)
         elif (self.output / EXAMPLES_FILE).exists():
             raise ValueError(f"{self.output} holds {EXAMPLES_FILE} without {ARGUMENTS_FILE}: choose another directory")
         else:
             write_json(file, self.arguments)
+
+    def check_weights(self, model: str, checksum: str) -> None:
+        """Remember the weights of a model.
+
+        Raises:
+            ValueError: if records of this model were made with others.
+        """
+        if self._weights.setdefault(model, checksum) != checksum:
+            raise ValueError(
+                f"{self.output} holds an evaluation of {model} with other weights: choose another directory"
+            )
+        if self.output is not None:
+            write_json(self.output / ARGUMENTS_FILE, {**self.arguments, "weights": self._weights})
 
     def done(self, key: Key) -> dict[int, dict[str, Any]]:
         """The records there are, by example."""
@@ -64,8 +82,12 @@ class Records:
 
     def write_results(self, rows: Sequence[dict[str, Any]]) -> None:
         """Save the rows."""
-        if self.output is not None:
-            write_json(self.output / RESULTS_FILE, {"format": _FORMAT, "arguments": self.arguments, "rows": list(rows)})
+        if self.output is None:
+            return
+        untimed = [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+        arguments = {**self.arguments, "weights": self._weights}
+        write_json(self.output / RESULTS_FILE, {"format": _FORMAT, "arguments": arguments, "rows": untimed})
+        write_json(self.output / SECONDS_FILE, [row["seconds"] for row in rows])
 
     def _check_arguments(self, stored: dict[str, Any]) -> None:
         names = [name for name in {**stored, **self.arguments} if stored.get(name) != self.arguments.get(name)]

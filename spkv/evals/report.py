@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spkv.evals.labels import beside, format_kept_fraction, policy_label
+from spkv.evals.labels import beside, differs_in_context, format_kept_fraction, policy_label
 from spkv.evals.plots import check_matplotlib, draw_all
-from spkv.evals.records import RESULTS_FILE, write_json
+from spkv.evals.records import RESULTS_FILE, SECONDS_FILE, write_json
 
 PAGE_FILE, ROWS_FILE = "report.html", "report.json"
 # What a report cannot do without, and what it takes for absent where older results lack it.
@@ -21,6 +21,7 @@ _NEEDED = ("task", "policy", "length", "examples")
 _OPTIONAL: dict[str, Any] = {
     **dict.fromkeys(("threshold", "match_threshold", "score", "loss", "continuation_loss", "density")),
     **dict.fromkeys(("kept_fraction", "context_kept_fraction", "kv_bytes", "seconds")),
+    "standard_error": {},
     "by_fact": {},
     "by_position": [],
 }
@@ -49,8 +50,10 @@ def write_report(sources: Sequence[str | os.PathLike[str]], output: str | os.Pat
         ModuleNotFoundError: if matplotlib is missing.
     """
     check_matplotlib()
-    runs = [load_results(source) for source in sources]
-    rows = merge([run["rows"] for run in runs], [run["name"] for run in runs])
+    results = [load_results(source) for source in sources]
+    rows = merge([result["rows"] for result in results], [result["name"] for result in results])
+    # A report that is drawn again tells of the runs that it was drawn from.
+    runs = [run for result in results for run in result.get("runs", [result])]
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     pictures = draw_all(rows, folder)
@@ -64,7 +67,10 @@ def write_report(sources: Sequence[str | os.PathLike[str]], output: str | os.Pat
 
 
 def load_results(source: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the results of one evaluation: its "name", its "arguments" and its "rows".
+    """Read the results of one evaluation: its "name", its "arguments" and its "rows"; of a report, its "runs", too.
+
+    Rows of several texts or models may lie in one file (`benchmarks.evaluation` makes such): then the text joins the
+    name of the task, and the model is the row's "run".
 
     Raises:
         FileNotFoundError, ValueError: if there are none.
@@ -86,8 +92,26 @@ def load_results(source: str | os.PathLike[str]) -> dict[str, Any]:
         if missing_names:
             raise ValueError(f"{file} is no result of `spkv eval`: a row lacks {', '.join(missing_names)}")
     arguments = content.get("arguments", {}) if isinstance(content, dict) else {}
-    name = path.resolve().name if path.is_dir() else path.stem
-    return {"name": name, "arguments": arguments, "rows": [{**_OPTIONAL, **row} for row in rows]}
+    result = {"name": path.resolve().name if path.is_dir() else path.stem, "arguments": arguments}
+    if isinstance(content, dict) and "runs" in content:
+        result["runs"] = content["runs"]
+    times = path / SECONDS_FILE
+    if path.is_dir() and times.is_file():
+        seconds = json.loads(times.read_text(encoding="utf-8"))
+        rows = [{**row, "seconds": value} for row, value in zip(rows, seconds, strict=True)]
+    return {**result, "rows": _told_apart([{**_OPTIONAL, **row} for row in rows])}
+
+
+def _told_apart(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    several = len({row.get("model") for row in rows}) > 1
+    return [
+        {
+            **{name: value for name, value in row.items() if name != "data"},
+            "task": f"{row['task']}: {row['data']}" if row.get("data") else row["task"],
+            "run": row["model"] if several and row.get("model") else row.get("run"),
+        }
+        for row in rows
+    ]
 
 
 def merge(results: Sequence[Sequence[dict[str, Any]]], names: Sequence[str]) -> list[dict[str, Any]]:
@@ -96,16 +120,16 @@ def merge(results: Sequence[Sequence[dict[str, Any]]], names: Sequence[str]) -> 
     # Runs may share a name; a number tells them apart.
     unique = [f"{name} {i + 1}" if names.count(name) > 1 else name for i, name in enumerate(names)]
     merged = [
-        {**row, "run": name if count[_key(row)] > 1 else row.get("run")}
+        {**row, "run": ", ".join(filter(None, (name, row.get("run")))) if count[_key(row)] > 1 else row.get("run")}
         for rows, name in zip(results, unique, strict=True)
         for row in rows
     ]
     order = {task: place for place, task in enumerate(dict.fromkeys(row["task"] for row in merged))}
-    return sorted(merged, key=lambda row: (order[row["task"]], row["length"]))
+    return sorted(merged, key=lambda row: (order[row["task"]], row["length"] or 0))
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["task"], row["length"], policy_label(row)
+    return row["task"], row["length"], policy_label(row), row.get("run")
 
 
 def _page(rows: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]], pictures: Sequence[tuple[str, Path]]) -> str:
@@ -133,7 +157,8 @@ def _page(rows: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]], pictur
 def _table(rows: Sequence[dict[str, Any]]) -> str:
     measures = [m for m in ("score", "loss", "continuation_loss") if any(row[m] is not None for row in rows)]
     header = ["task", "length", "policy", "examples", *(m.replace("_", " ") for m in measures)]
-    header += ["density", "kept_fraction", "KV bytes", "seconds"]
+    contexts = any(differs_in_context(row) for row in rows)
+    header += ["density", *(["kept of the context"] * contexts), "kept_fraction", "KV bytes", "seconds"]
     body = []
     for row in rows:
         place = (row["task"], row["length"], row["run"])
@@ -142,11 +167,12 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
             dense = next((r for r in rows if r["policy"] == "dense" and (r["task"], r["length"]) == place[:2]), None)
         cells = [
             row["task"],
-            f"{row['length']:,}",
+            "–" if row["length"] is None else f"{row['length']:,}",
             policy_label(row) + (f" ({row['run']})" if row["run"] else ""),
             f"{row['examples']:,}",
             *(beside(measure, row, dense) for measure in measures),
             "–" if row["density"] is None else f"{row['density']:.3f}",
+            *([format_kept_fraction(row["context_kept_fraction"])] * contexts),
             format_kept_fraction(row["kept_fraction"]),
             "–" if row["kv_bytes"] is None else f"{row['kv_bytes']:,.0f}",
             "–" if row["seconds"] is None else f"{row['seconds']:.1f}",
@@ -156,5 +182,6 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
     return (
         f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
         "<p>In brackets: the difference from dense, in points of a score or as a share of a loss; and the factor that "
-        "a kept_fraction saves.</p>"
+        "a kept_fraction saves. ± is one standard error of the mean difference, example by example. Policies that take "
+        "the memory of another have as much of the context; what follows it, some keep whole.</p>"
     )

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
 from spkv.evals.policies import Policy
 
+_MEASURES = ("score", "loss", "continuation_loss")
 
-def make_row(task: str, length: int, policy: Policy, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+
+def make_row(
+    task: str,
+    length: int,
+    policy: Policy,
+    records: Sequence[dict[str, Any]],
+    dense: Sequence[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
     """Summarise the records of one policy.
+
+    Args:
+        task: its name.
+        length: as asked for, in tokens.
+        policy: that the records were made under.
+        records: of all examples.
+        dense: those of the dense policy, if there is one.
 
     Returns:
         task, policy, threshold, match_threshold, length, examples, tokens (read and answered); the means of score, loss
         (nats a token), continuation_loss, density, kept_fraction (both at the end of the examples),
         context_kept_fraction (where the questions or the continuation begin) and kv_bytes, each None where it has no
-        meaning; seconds, in all; by_fact (for each fact of the examples and each of its values, the score and the
-        number of examples); by_turn (the score of each question, where there are several); by_position (start, stop
-        and loss).
+        meaning; standard_error (of score, loss and continuation_loss: that of their mean difference from dense, example
+        by example; empty for dense and without it); seconds, in all; by_fact (for each fact of the examples and each of
+        its values, the score and the number of examples); by_turn (the score of each question, where there are
+        several); by_position (start, stop and loss).
     """
     return {
         "task": task,
@@ -29,16 +47,9 @@ def make_row(task: str, length: int, policy: Policy, records: Sequence[dict[str,
         "tokens": sum(record["tokens"] for record in records),
         **{
             name: mean([record.get(name) for record in records])
-            for name in (
-                "score",
-                "loss",
-                "continuation_loss",
-                "density",
-                "kept_fraction",
-                "context_kept_fraction",
-                "kv_bytes",
-            )
+            for name in (*_MEASURES, "density", "kept_fraction", "context_kept_fraction", "kv_bytes")
         },
+        "standard_error": _standard_errors(records, dense or []),
         "seconds": sum(record["seconds"] for record in records),
         "by_fact": _by_fact(records),
         "by_turn": _by_turn(records),
@@ -50,6 +61,16 @@ def mean(values: Sequence[float | None]) -> float | None:
     """The mean of the values that are there; None if there are none."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
+
+
+def _standard_errors(records: Sequence[dict[str, Any]], dense: Sequence[dict[str, Any]]) -> dict[str, float]:
+    errors = {}
+    for name in _MEASURES:
+        pairs = [(record.get(name), other.get(name)) for record, other in zip(records, dense, strict=False)]
+        differences = [value - other for value, other in pairs if value is not None and other is not None]
+        if len(differences) > 1:
+            errors[name] = statistics.stdev(differences) / math.sqrt(len(differences))
+    return errors
 
 
 def _by_fact(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:

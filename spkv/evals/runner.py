@@ -9,15 +9,18 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from spkv import __version__
 from spkv.evals.nll import Losses
 from spkv.evals.policies import Load, Policy, check_matches, in_force
 from spkv.evals.presses import check_press
 from spkv.evals.records import Key, Records
 from spkv.evals.rows import make_row, mean
 from spkv.hf.generation import CHUNK_SIZE
+
+_SAMPLED = 64
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
@@ -101,6 +104,7 @@ def evaluate(
         for job in jobs:
             job.check(model, policy.press, oracle=oracle)
     records = Records(output, {**(arguments or {}), **_arguments(jobs, policies, batch_size, chunk_size, oracle)})
+    records.check_weights("the model", checksum_of(model))
     total = sum(job.count * job.length for job in jobs) * len(policies)
     done = 0
 
@@ -117,6 +121,7 @@ def evaluate(
             assert load is not None
             name, other = policy.model, None  # the last one is let go before the next is loaded
             other = load(name)
+            records.check_weights(name, checksum_of(other))
         chosen = model if policy.model is None else other
         assert chosen is not None
         for job in jobs:
@@ -179,10 +184,15 @@ def _run(
 def _rows(jobs: Sequence[Job], policies: Sequence[Policy], records: Records) -> list[dict[str, Any]]:
     rows = []
     for job in jobs:
+        plain = records.done((job.name, job.length, "dense"))
         for policy in policies:
             done = records.done((job.name, job.length, policy.label))
             if len(done) == job.count:
-                rows.append(make_row(job.name, job.length, policy, [done[index] for index in range(job.count)]))
+                own = [done[index] for index in range(job.count)]
+                dense = None
+                if policy.name != "dense" and len(plain) == job.count:
+                    dense = [plain[index] for index in range(job.count)]
+                rows.append(make_row(job.name, job.length, policy, own, dense))
     return rows
 
 
@@ -194,9 +204,22 @@ def _arguments(
         for job in jobs
     }
     return {
+        "spkv": __version__,
         "examples": examples,
         "policies": [policy.label + (f" on {policy.model}" if policy.model else "") for policy in policies],
         "batch_size": batch_size,
         "chunk_size": chunk_size,
         "oracle": oracle,
     }
+
+
+def checksum_of(model: nn.Module) -> str:
+    """A checksum of a model's weights: of some elements of each, evenly spread, which training would change."""
+    checksum = 0
+    for name, weight in model.named_parameters():
+        if weight.is_meta:  # offloaded to a disk
+            continue
+        flat = weight.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // _SAMPLED)][:_SAMPLED].float().cpu()
+        checksum = zlib.crc32(sample.numpy().tobytes(), zlib.crc32(name.encode(), checksum))
+    return f"{checksum:08x}"

@@ -7,9 +7,11 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from spkv.evals.labels import beside
 from spkv.evals.report import load_results, merge, write_report
 
 needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
@@ -18,7 +20,7 @@ needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is 
 def row(policy="spkv", task="niah", length=1024, threshold=0.5, **values):
     return {
         "task": task, "policy": policy, "threshold": threshold, "match_threshold": None, "length": length,
-        "examples": 4, "tokens": 4 * length, "score": None, "loss": None, "continuation_loss": None, "density": 0.2,
+        "examples": 4, "tokens": 4096, "score": None, "loss": None, "continuation_loss": None, "density": 0.2,
         "kept_fraction": 0.3, "context_kept_fraction": 0.3, "kv_bytes": 1000.0, "seconds": 2.0, "by_fact": {},
         "by_turn": [], "by_position": [], **values,
     }  # fmt: skip
@@ -95,6 +97,44 @@ def test_runs_are_merged_and_told_apart(rows, tmp_path):
     merged = merge([rows, again], ["run", "run"])
     assert {r["run"] for r in merged} == {"run 1", "run 2", None}
     assert [r["length"] for r in merged if r["task"] == "niah"] == [1024] * 5 + [2048] * 3
+
+
+@needs_matplotlib
+def test_texts_and_models_of_one_file_are_told_apart(tmp_path):
+    loss = dict(density=None, kept_fraction=1.0)
+    given = [
+        {**row("dense", "nll", 128, None, loss=2.0, **loss), "model": "small", "data": "books"},
+        {**row("dense", "nll", 128, None, loss=3.0, **loss), "model": "small", "data": "code"},
+        {**row("dense", "nll", 128, None, loss=1.0, **loss), "model": "large", "data": "books"},
+        {**row("spkv", "nll", 128, loss=1.5), "model": "large", "data": "books"},
+        # What the harness measures has no length, and says nothing of memory.
+        {**row("spkv", "piqa", None, score=0.6, density=None, kept_fraction=None), "model": "large", "data": None},
+    ]
+    (tmp_path / "all.json").write_text(json.dumps({"rows": given}))
+    write_report([tmp_path / "all.json"], tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("<td>nll: books</td>") == 3
+    assert page.count("<td>nll: code</td>") == 1
+    assert page.count("<td>dense (small)</td>") == 2
+    assert "<td>1.5000 (+50.00%)</td>" in page  # against its own dense
+    write_report([tmp_path / "out" / "report.json"], tmp_path / "again")
+    assert (tmp_path / "again" / "report.html").read_text() == page
+
+
+@needs_matplotlib
+def test_the_published_evaluation_is_drawn(tmp_path):
+    published = Path(__file__).parents[2] / "benchmarks" / "results" / "evaluation.json"
+    result = write_report([published], tmp_path)
+    names = {Path(file).stem for file in result["pictures"]}
+    assert {"loss-nll-valid", "loss-nll-wikitext-2", "depth-niah", "score-turns", "density"} <= names
+
+
+def test_a_difference_comes_with_its_standard_error():
+    dense = row("dense", score=0.5, loss=2.0)
+    pruned = row(score=0.4, loss=2.1, standard_error={"score": 0.02, "loss": 0.01})
+    assert beside("score", pruned, dense) == "0.400 (-0.100 ± 0.020)"
+    assert beside("loss", pruned, dense) == "2.1000 (+5.00% ± 0.50%)"
+    assert beside("loss", row(loss=2.1, standard_error={}), dense) == "2.1000 (+5.00%)"
 
 
 def test_what_holds_no_results_is_named(tmp_path, rows):

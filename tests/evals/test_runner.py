@@ -11,6 +11,7 @@ import torch
 import spkv
 from spkv.evals import Answers, Losses, Policy, evaluate, make_policies
 from spkv.evals.records import ARGUMENTS_FILE, EXAMPLES_FILE, RESULTS_FILE
+from spkv.evals.report import load_results
 from spkv.gates import OpenGate
 
 LENGTH, COUNT = 200, 5
@@ -91,10 +92,38 @@ def test_two_evaluations_are_the_same(words_model, tokenizer, letters, tmp_path)
     for name in ("one", "two"):
         jobs = [Answers(letters(), tokenizer, LENGTH, COUNT, seed=3), Losses(texts)]
         evaluate(words_model, jobs, make_policies(), batch_size=2, output=tmp_path / name)
-    one, two = (json.loads((tmp_path / name / RESULTS_FILE).read_text()) for name in ("one", "two"))
-    rows = [untimed(result.pop("rows")) for result in (one, two)]
-    assert rows[0] == rows[1] != []
+    one, two = ((tmp_path / name / RESULTS_FILE).read_bytes() for name in ("one", "two"))
     assert one == two
+    results = load_results(tmp_path / "one")
+    assert len(results["rows"]) == 8
+    assert all(row["seconds"] > 0 for row in results["rows"])
+
+
+def test_rows_tell_how_sure_a_difference_is(words_model, job, tmp_path):
+    dense, pruned = evaluate(words_model, [job], make_policies(["dense", "spkv"]), output=tmp_path)
+    assert dense["standard_error"] == {}
+    records = [json.loads(line) for line in (tmp_path / EXAMPLES_FILE).read_text().splitlines()]
+    scores = {(record["policy"], record["example"]): record["score"] for record in records}
+    differences = torch.tensor([scores["spkv 0.5", i] - scores["dense", i] for i in range(COUNT)])
+    assert differences.std() > 0
+    assert pruned["standard_error"] == {"score": pytest.approx(float(differences.std()) / COUNT**0.5)}
+
+
+def test_other_weights_or_references_do_not_go_on(words_model, tokenizer, letters, job, tmp_path):
+    policies = make_policies(["dense"])
+    before = evaluate(words_model, [job], policies, output=tmp_path)
+    assert evaluate(words_model, [job], policies, output=tmp_path) == before
+    other = Answers(letters(), tokenizer, LENGTH, COUNT, seed=3)
+    example = other.examples[0]
+    questions = tuple(dataclasses.replace(question, references=("999",)) for question in example.questions)
+    other.examples[0] = dataclasses.replace(example, questions=questions)
+    with pytest.raises(ValueError, match="an evaluation with other arguments: examples"):
+        evaluate(words_model, [other], policies, output=tmp_path)
+    with torch.no_grad():
+        for weight in words_model.parameters():
+            weight.mul_(1.01)
+    with pytest.raises(ValueError, match="an evaluation of the model with other weights: choose another directory"):
+        evaluate(words_model, [job], policies, output=tmp_path)
 
 
 class InterruptedHereError(Exception):
