@@ -11,6 +11,7 @@ import typer
 from spkv.cli.commands import Adapter, Device, Dtype, Json, Model, Threshold, app
 from spkv.cli.console import emit, print_values, working
 from spkv.cli.models import opened, tokenizer_and_config
+from spkv.outputs import check_holds_no_model
 
 if TYPE_CHECKING:
     from spkv.inspect import Inspection
@@ -101,6 +102,7 @@ def hybrid(
         raise ValueError("give one of --global-heads N and --kv-budget F")
     if sinks < 0:
         raise ValueError(f"--sinks must be at least 0, not {sinks}")
+    check_holds_no_model(output)
     with working() as progress:
         from spkv.inspect import encode_pieces
         from spkv.inspect.hybrid import heads_in_budget, hybrid_layout, make_hybrid, write_hybrid

@@ -27,6 +27,7 @@ from spkv.gates import SINKS
 from spkv.hf.attach import attach, attachment, detach
 from spkv.inspect.inspection import Inspection
 from spkv.inspect.memory import kv_bytes
+from spkv.outputs import check_holds_no_model
 
 REPORT = "hybrid.json"
 
@@ -205,6 +206,7 @@ def write_hybrid(
         "dense_kv_bytes": memory["dense_bytes"],
         "kv_bytes": memory["pruned_bytes"],
     }
+    check_holds_no_model(directory)
     save(model, directory, training={"hybrid": report})
     (Path(directory) / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report

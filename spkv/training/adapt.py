@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 _CALIBRATED, _LEAST_CALIBRATED, _MOST_CALIBRATED = 0.02, 16_384, 262_144
 # A loss that training and pruning leave this much higher is worth a word.
 _TOLERATED_RISE = 1.01
+# So much more than was asked for, too.
+_TOLERATED_EXCESS = 1.1
 
 
 def adapt(
@@ -97,13 +99,14 @@ def adapt(
     """
     import torch
     from accelerate import PartialState
-    from transformers import AutoTokenizer, set_seed
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
     from spkv.checkpoint import PACKAGED_MODELS, load_base, resolve_model, stored_config
     from spkv.hf.attach import attach
+    from spkv.hf.families import find_decoder
     from spkv.training.calibration import calibrate
     from spkv.training.checkpoints import last_checkpoint, stored_batch_size
-    from spkv.training.data import PackedRows, TrainingRows, spread
+    from spkv.training.data import PackedRows, TrainingRows, leaves_window, spread
     from spkv.training.inputs import fold_inputs
     from spkv.training.parameters import (
         ADAPTER_DTYPE,
@@ -141,12 +144,21 @@ def adapt(
     config = recipe.config()
     if stored is not None:
         config = dataclasses.replace(config, page_size=stored.page_size, page_dtype=stored.page_dtype)
-    if (finished := finished_run(output, resume)) is not None:
+    run: dict[str, Any] = {
+        "model": os.fspath(model) if os.fspath(model) in PACKAGED_MODELS else Path(model).name,
+        "data": [Path(path).name for path in data],
+        "seed": seed,
+    }
+    if (finished := finished_run(output, resume, {"recipe": recipe.to_dict(), **run})) is not None:
         return finished
     checkpoint = last_checkpoint(output) if resume else None
 
     processes = PartialState(cpu=not torch.cuda.is_available())
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(model))
+    with torch.device("meta"):  # what does not fit shows before data are read
+        shape = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(resolve_model(model)))
+    find_decoder(shape)
+    check_sizes(shape, tokenizer, recipe)
     with processes.local_main_process_first():
         # The others find it in the cache.
         progress_bar = progress and processes.is_local_main_process
@@ -160,6 +172,12 @@ def adapt(
             if files
         ]
     rows = corpora[0]
+    segments = (rows[index]["segment_ids"][None] for index in range(len(rows)))
+    if recipe.gates and not any(leaves_window(ids, recipe.window).any() for ids in segments):
+        raise ValueError(
+            f"no document of the data is longer than the window of {recipe.window} tokens, so that nothing would be "
+            "pruned; choose a smaller window, or longer documents"
+        )
     held_out = spread(corpora[1], validation_tokens) if validation else None
 
     # Weights that stay as they are need no more precision than they are computed with, which is faster.
@@ -167,7 +185,6 @@ def adapt(
 
     def build() -> nn.Module:
         base = load_base(model, dtype=torch.bfloat16 if frozen_base else torch.float32)
-        check_sizes(base, tokenizer, recipe)
         if gradient_checkpointing:
             enable_recomputation(base)
         set_seed(seed)
@@ -175,6 +192,13 @@ def adapt(
 
     prepared = build()
     steps = recipe.total_steps(base_parameters(prepared))
+    if recipe.tokens is not None and steps * recipe.tokens_per_step > _TOLERATED_EXCESS * recipe.tokens:
+        logger.warning(
+            "%s tokens were asked for, and %d steps of %s are trained",
+            f"{recipe.tokens:,}",
+            steps,
+            f"{recipe.tokens_per_step:,}",
+        )
     if batch_size is None:
         known = None if checkpoint is None else stored_batch_size(checkpoint)
         if known in allowed_batch_sizes(recipe, processes.num_processes):
@@ -238,13 +262,7 @@ def adapt(
         if recipe.gates:
             densities = {str(layer): heads for layer, heads in result.densities.items()}
             summary |= {"density": result.density, "densities": densities}
-    summary |= {
-        "model": os.fspath(model) if os.fspath(model) in PACKAGED_MODELS else Path(model).name,
-        "data": [Path(path).name for path in data],
-        "batch_size": batch_size,
-        "compiled": compile,
-        "seed": seed,
-    }
+    summary |= {**run, "batch_size": batch_size, "compiled": compile}
     summary |= circumstances(trainer)
     save_result(trainer, build, output, summary)
     if args.should_save and not keep_checkpoints:

@@ -128,7 +128,7 @@ class Recipe:
         if self.target_density is not None:
             _check("target_density", self.target_density, "strictly in (0, 1)", lambda value: 0 < value < 1)
             if not self.gates:
-                raise ValueError("target_density needs gates: set it to None, or take the recipe dense-control")
+                raise ValueError(f"target_density needs gates, which the recipe {self.name} has none of: leave it out")
         if self.layout is not None and self.gates:
             raise ValueError("a static layout has no gates to train: use `with_layout`")
         if self.lora_rank is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch import nn
 import spkv
 from spkv.checkpoint import save, save_adapter
 from spkv.hf.attach import detach
+from spkv.outputs import check_holds_no_model
+from spkv.training.checkpoints import check_same_run
 from spkv.training.inputs import fold_inputs, inputs_of, set_inputs
 from spkv.training.parameters import ADAPTER_DTYPE
 from spkv.training.trainer import AdaptationTrainer
@@ -22,20 +25,34 @@ from spkv.training.trainer import AdaptationTrainer
 SUMMARY_FILE = "summary.json"
 
 
-def finished_run(output: Path, resume: bool) -> dict[str, Any] | None:
+def finished_run(output: Path, resume: bool, wanted: dict[str, Any]) -> dict[str, Any] | None:
     """Return the summary of a run that is finished already, or None if there is something to do.
 
+    Args:
+        output: its directory.
+        resume: whether a run is to go on there.
+        wanted: what the summary must say: recipe, model, data and seed.
+
     Raises:
-        FileExistsError: if `output` holds a run, finished or not, and `resume` is not set.
+        FileExistsError: if `output` holds a run, finished or not, and `resume` is not set; or another model.
+        ValueError: if it holds another run that is finished.
     """
     if (output / SUMMARY_FILE).exists():
         if not resume:
             raise FileExistsError(f"{output} holds a finished run; choose another output")
-        return json.loads((output / SUMMARY_FILE).read_text(encoding="utf-8"))
-    if not resume and any(output.glob("checkpoint-*")):
-        raise FileExistsError(
-            f"{output} holds the checkpoints of an unfinished run; resume it or choose another output"
-        )
+        summary: dict[str, Any] = json.loads((output / SUMMARY_FILE).read_text(encoding="utf-8"))
+        parts = [(one.pop("recipe"), one) for one in (dict(summary), dict(wanted))]
+        (stored_recipe, stored), (recipe, rest) = parts
+        stored = {name: stored.get(name) for name in rest}
+        check_same_run({**stored_recipe, **stored}, {**recipe, **rest}, os.fspath(output))
+        return summary
+    if any(output.glob("checkpoint-*")):
+        if not resume:
+            raise FileExistsError(
+                f"{output} holds the checkpoints of an unfinished run; resume it or choose another output"
+            )
+    else:
+        check_holds_no_model(output)
     return None
 
 

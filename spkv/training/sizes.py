@@ -19,13 +19,15 @@ def accumulation_steps(recipe: Recipe, batch_size: int, processes: int) -> int:
     Raises:
         ValueError: if that is no whole number, naming sizes that are allowed.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     part = batch_size * processes * recipe.sequence_length
     if recipe.tokens_per_step % part:
         allowed = allowed_batch_sizes(recipe, processes)
         hint = (
             f"batch_size may be {', '.join(map(str, allowed))}"
             if allowed
-            else "change tokens_per_step or sequence_length"
+            else f"{processes} rows of sequence_length must divide tokens_per_step"
         )
         raise ValueError(
             f"tokens_per_step {recipe.tokens_per_step} is no multiple of batch_size {batch_size} * {processes} "
@@ -77,7 +79,12 @@ def base_parameters(model: nn.Module) -> int:
 
 
 def check_sizes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
-    """Raise a ValueError if rows are longer than the model's positions, or tokens beyond its embedding."""
+    """Raise a ValueError if rows are longer than the model's positions or within the window, or tokens not embedded."""
+    if recipe.gates and recipe.window >= recipe.sequence_length:
+        raise ValueError(
+            f"nothing leaves a window of {recipe.window} tokens in rows of sequence_length {recipe.sequence_length}: "
+            "choose a smaller window, or longer rows"
+        )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and recipe.sequence_length > positions:
         raise ValueError(f"sequence_length {recipe.sequence_length} is beyond the model's {positions} positions")

@@ -311,6 +311,32 @@ def test_a_finished_run_is_not_run_again(run, recipe_of) -> None:
     assert run(recipe_of(steps=2), resume=True) == summary
     with pytest.raises(FileExistsError, match="finished run"):
         run(recipe_of(steps=2))
+    with pytest.raises(ValueError, match=r"made by another run \(seed: 0 there, 5 now, window: 8 there, 9 now\)"):
+        run(recipe_of(steps=2, window=9), resume=True, seed=5)
+
+
+def test_a_model_is_not_written_over(run, recipe_of, tmp_path, model_directory) -> None:
+    before = stored(model_directory)
+    for resume in (False, True):
+        with pytest.raises(FileExistsError, match=r"holds a model already \(config.json, model.safetensors\)"):
+            run(recipe_of(steps=2), model_directory, resume=resume)
+    assert stored(model_directory).keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in stored(model_directory).items())
+
+
+def test_what_would_prune_nothing_is_refused(run, recipe_of, tmp_path) -> None:
+    with pytest.raises(ValueError, match="nothing leaves a window of 64 tokens in rows of sequence_length 64"):
+        run(recipe_of(window=64, sequence_length=64))
+    short = tmp_path / "short.jsonl"
+    short.write_text('{"text": "words"}\n' * 200)
+    with pytest.raises(ValueError, match="no document of the data is longer than the window of"):
+        run(recipe_of(steps=2), data=[short])
+
+
+def test_tokens_that_are_rounded_up_are_told(run, recipe_of, caplog) -> None:
+    recipe = recipe_of(steps=None, tokens=100)
+    run(recipe)
+    assert f"100 tokens were asked for, and 1 steps of {recipe.tokens_per_step:,} are trained" in caplog.text
 
 
 def test_the_seed_decides(run, recipe_of, tmp_path) -> None:
@@ -378,7 +404,7 @@ def test_accumulation(recipe_of) -> None:
     recipe = recipe_of(sequence_length=64, tokens_per_step=64 * 24)
     assert allowed_batch_sizes(recipe, 2) == [1, 2, 3, 4, 6, 12]
     assert [accumulation_steps(recipe, size, 2) for size in (1, 4, 12)] == [12, 3, 1]
-    with pytest.raises(ValueError, match="change tokens_per_step"):
+    with pytest.raises(ValueError, match="1 rows of sequence_length must divide tokens_per_step"):
         accumulation_steps(recipe_of(tokens_per_step=100), 1, 1)
 
 
