@@ -172,9 +172,11 @@ def _choose_cache(found: Attachment, module: Any, kwargs: dict[str, Any]) -> SPK
     if given is not None:
         if hasattr(given, "spkv_cache"):  # an empty one that an earlier pass replaced
             return given.spkv_cache
-        if type(given) is not DynamicCache or getattr(given, "offloading", False):
+        offloading = getattr(given, "offloading", False)
+        if type(given) is not DynamicCache or offloading:
+            kind = f"{'an offloading' if offloading else 'a'} {type(given).__name__}"
             raise ValueError(
-                f"a {type(given).__name__} cannot hold self-pruned pairs; leave past_key_values and "
+                f"{kind} cannot hold self-pruned pairs; leave past_key_values and "
                 "cache_implementation unset, or pass an SPKVCache (spkv.attachment(model).new_cache())"
             )
         if given.get_seq_length():

@@ -268,8 +268,10 @@ def test_other_caches_are_refused(attached):
         attached(ids, past_key_values=StaticCache(config=attached.config, max_cache_len=64))
     with pytest.raises(ValueError, match="a StaticCache cannot hold"):
         attached.generate(ids, cache_implementation="static", **GREEDY)
-    with pytest.raises(ValueError, match="a DynamicCache cannot hold"):
+    with pytest.raises(ValueError, match="an offloading DynamicCache cannot hold"):
         attached(ids, past_key_values=DynamicCache(config=attached.config, offloading=True))
+    with pytest.raises(ValueError, match="an offloading DynamicCache cannot hold"):
+        attached.generate(ids, cache_implementation="offloaded", **GREEDY)
     assert not issubclass(QuantizedCache, DynamicCache)  # so that it is refused like the static one
     with spkv.dense(attached):
         filled = attached(ids).past_key_values
