@@ -8,6 +8,7 @@ predictors. Only safetensors are read or written.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import warnings
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -29,6 +30,7 @@ from spkv.hf.families import find_decoder
 from spkv.hf.packaged import PACKAGED_MODELS
 
 _LORA_FILE = "adapter_config.json"
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
 SHIPPED_ADAPTERS = Path(__file__).parent / "adapters"
 
 
@@ -46,7 +48,7 @@ def load(
         model: a directory saved by `spkv.save`; or, with `adapter`, the base model (a directory, a hub name, or
             one of `spkv.hf.packaged`: "gemma3-270m", or "smollm2", whose own adapter is taken if none is given).
         adapter: an adapter directory.
-        dtype: weights' type; None takes the checkpoint's own.
+        dtype: weights' type, or its name, such as "bfloat16"; None or "auto" takes the checkpoint's own.
         device: where to put it; None leaves it on the CPU.
         threshold: overrides the stored threshold, in (0, 1).
 
@@ -55,13 +57,20 @@ def load(
 
     Raises:
         FileNotFoundError: if a file of the adapter or model is missing.
-        ValueError: if the adapter belongs to another model, or its files do not fit together.
+        ValueError: if the adapter belongs to another model, or its files do not fit together; if `model` is an
+            adapter, or there is no such dtype.
     """
+    check_no_adapter(model)
     path = resolve_adapter(model, adapter)
     if path is None and not (Path(model) / CONFIG_FILE).is_file():
+        missing = f"{os.fspath(model)!r} holds no {CONFIG_FILE}"
+        if _holds_predictors(Path(model)):
+            raise FileNotFoundError(
+                f"{missing}: the model was saved with save_pretrained; use spkv.save(model, directory)"
+            )
         raise FileNotFoundError(
-            f"{os.fspath(model)!r} holds no {CONFIG_FILE}: it is not a self-pruned model. Pass adapter=DIR, "
-            "or make one with `spkv adapt`"
+            f"{missing}: it is not a self-pruned model. Pass adapter=DIR (--adapter DIR), or make one with "
+            "`spkv adapt`; `spkv eval` compares with a dense model given as --reference"
         )
     base = load_base(model, dtype=dtype)
     loaded = load_adapter(base, path) if path is not None else _attach_stored(base, Path(model))
@@ -73,7 +82,14 @@ def load(
 
 
 def load_base(model: str | os.PathLike[str], *, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
-    """Load the plain transformers model behind a directory, hub name or packaged model."""
+    """Load the plain transformers model behind a directory, hub name or packaged model.
+
+    Raises:
+        ValueError: if `model` is an adapter, or there is no such dtype.
+    """
+    if not (dtype is None or isinstance(dtype, torch.dtype) or dtype in _DTYPES):
+        raise ValueError(f"dtype must be a torch.dtype or one of {', '.join(_DTYPES)}, not {dtype!r}")
+    check_no_adapter(model)
     loaded = AutoModelForCausalLM.from_pretrained(resolve_model(model), dtype=dtype or "auto")
     if model in PACKAGED_MODELS:
         # What PEFT writes into an adapter: the name means the same elsewhere, the directory does not.
@@ -102,8 +118,8 @@ def resolve_adapter(model: str | os.PathLike[str], adapter: str | os.PathLike[st
         shipped = SHIPPED_ADAPTERS / str(model)
         if not (shipped / CONFIG_FILE).is_file():
             raise FileNotFoundError(
-                f"no adapter for {model!r} ships with this version of spkv; pass one (adapter=DIR), "
-                "or make it with `spkv adapt`"
+                f"no adapter for {model!r} ships with this version of spkv; pass one "
+                "(adapter=DIR, --adapter DIR), or make it with `spkv adapt`"
             )
         return shipped
     return None
@@ -112,6 +128,15 @@ def resolve_adapter(model: str | os.PathLike[str], adapter: str | os.PathLike[st
 def is_adapter(path: str | os.PathLike[str]) -> bool:
     """Whether a directory holds an adapter, rather than a whole model."""
     return (Path(path) / CONFIG_FILE).is_file() and read_stored(Path(path))["base"] is not None
+
+
+def check_no_adapter(model: str | os.PathLike[str]) -> None:
+    """Raise a ValueError if an adapter's directory is given as a model."""
+    # transformers would load one with LoRA by itself, on whatever the name of its base means here.
+    if model not in PACKAGED_MODELS and is_adapter(model):
+        raise ValueError(
+            f"{os.fspath(model)!r} is an adapter; give the model that it was made for, and this as adapter= (--adapter)"
+        )
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, training: dict[str, Any] | None = None) -> None:
@@ -237,6 +262,15 @@ def check_fingerprint(model: nn.Module, expected: dict[str, Any] | None, path: P
     actual = fingerprint(model)["mean_magnitudes"]
     for name in expected["mean_magnitudes"]:
         check_magnitude(expected, name, actual.get(name), path)
+
+
+def _holds_predictors(path: Path) -> bool:
+    """Whether transformers saved an attached model in a directory, as the names of its weights tell."""
+    for file in path.glob("*.safetensors"):
+        with contextlib.suppress(SafetensorError), safe_open(file, "pt") as weights:
+            if any(".utility_predictor." in name for name in weights.keys()):  # noqa: SIM118  (no mapping)
+                return True
+    return False
 
 
 def _attach_stored(model: PreTrainedModel, path: Path) -> PreTrainedModel:

@@ -1,6 +1,7 @@
 """Saving and loading: whole models, adapters with and without LoRA, and what is refused."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import spkv
-from spkv.checkpoint import fingerprint, load_predictors, save_adapter
+from spkv.checkpoint import fingerprint, load_base, load_predictors, save_adapter
 
 IDS = torch.arange(3, 63)[None]
 
@@ -88,6 +89,13 @@ def test_other_types_and_devices_can_be_asked_for(attached, base, tmp_path):
     save_adapter(attached, tmp_path / "adapter")
     loaded = spkv.load(base, adapter=tmp_path / "adapter", dtype=torch.bfloat16, device="cpu")
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    named = spkv.load(base, adapter=tmp_path / "adapter", dtype="float16")
+    assert {p.dtype for p in named.parameters()} == {torch.float16}
+    for wrong in ("bf16", ""):
+        with pytest.raises(
+            ValueError, match=f"must be a torch.dtype or one of auto, float32, bfloat16, float16, not '{wrong}'"
+        ):
+            spkv.load(base, adapter=tmp_path / "adapter", dtype=wrong)
 
 
 def test_the_fingerprint_ignores_what_adaptation_adds(attached, base):
@@ -113,9 +121,31 @@ def test_an_adapter_for_another_model_is_refused(attached, base, tmp_path):
         spkv.load(base, adapter=tmp_path / "adapter")
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_an_adapter_is_no_model(attached, base, tmp_path, lora):
+    save_adapter(with_lora(attached) if lora else attached, tmp_path / "adapter")
+    message = r"adapter' is an adapter; give the model that it was made for, and this as adapter= \(--adapter\)"
+    for refused in (spkv.load, load_base, partial(spkv.load, adapter=tmp_path / "adapter")):
+        with pytest.raises(ValueError, match=message):
+            refused(tmp_path / "adapter")
+    assert spkv.load(base, adapter=tmp_path / "adapter") is not None
+
+
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "20KB"}])
+def test_an_attached_model_that_transformers_saved_is_told_apart(attached, tmp_path, shards):
+    attached.save_pretrained(tmp_path / "saved", **shards)
+    with pytest.raises(FileNotFoundError, match=r"was saved with save_pretrained; use spkv.save\(model, directory\)"):
+        spkv.load(tmp_path / "saved")
+    for file in (tmp_path / "saved").glob("*.safetensors"):
+        file.write_bytes(b"not safetensors")
+    with pytest.raises(FileNotFoundError, match="it is not a self-pruned model"):
+        spkv.load(tmp_path / "saved")
+
+
 def test_missing_and_broken_files_are_named(attached, base, tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=r"holds no spkv_config.json: it is not a self-pruned model. Pass adapter="
+        FileNotFoundError,
+        match=r"holds no spkv_config.json: it is not a self-pruned model. Pass adapter=DIR \(--adapter DIR\)",
     ):
         spkv.load(base)
     with pytest.raises(FileNotFoundError, match="is no adapter: it holds no spkv_config.json"):
