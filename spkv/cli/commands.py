@@ -117,7 +117,13 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to make at most.")] = 128,
     page_dtype: PageDtype = None,
     device: Device = None,
-    dtype: Dtype = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Of weights and cache: {', '.join(DTYPES)}; default: the checkpoint's, on a CPU float32, which is "
+            "faster there."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt, and measure cache and speed.
@@ -148,6 +154,8 @@ def generate(
         tokenizer, config = tokenizer_and_config(model)
         prompt_ids = encode_prompt(tokenizer, content, chat=chat)
         check_length(config, prompt_ids.shape[1], max_new_tokens)
+        if dtype is None and device_called(device).type == "cpu":
+            dtype = "float32"  # decoding in bfloat16 can take several times as long there
         with opened(model, adapter, device, dtype, threshold, dense, page_dtype) as loaded:
             result = run_generate(
                 loaded,
@@ -229,6 +237,7 @@ def adapt(
         from spkv.training import adapt as run_adapt
         from spkv.training import get_recipe
 
+        tokenizer_and_config(model)  # what is no model should show at once, and as elsewhere
         given = {
             "target_density": target_density,
             "window": window,

@@ -18,13 +18,20 @@ def tokenizer_and_config(model: str) -> tuple[Any, Any]:
     """Load what is needed to check a text before the weights are."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from spkv.checkpoint import resolve_model
+    from spkv.checkpoint import check_no_adapter, resolve_model
 
+    check_no_adapter(model)
     path = resolve_model(model)
     looks_like_path = path.startswith((".", "/")) or path.count("/") > 1 or path.endswith("/")
     if looks_like_path and not Path(path).is_dir():
         raise FileNotFoundError(f"no such model directory: {path}")
-    return AutoTokenizer.from_pretrained(path), AutoConfig.from_pretrained(path)
+    try:
+        return AutoTokenizer.from_pretrained(path), AutoConfig.from_pretrained(path)
+    except OSError as error:
+        if Path(path).is_dir():
+            raise
+        # Without a network, transformers' own words leave the name out.
+        raise OSError(f"cannot find or download the model {model!r}: {error}") from error
 
 
 @contextlib.contextmanager
@@ -81,12 +88,12 @@ def loader(
 
 def _on_its_base(adapter: str, bases: Sequence[str], dtype: torch.dtype | None) -> PreTrainedModel:
     """Load an adapter on that of several models, alike perhaps, which it was trained on."""
-    from spkv.checkpoint import fingerprint, load_adapter, load_base
+    from spkv.checkpoint import fingerprint, is_adapter, load_adapter, load_base
     from spkv.config import read_stored
     from spkv.fingerprint import deviation
 
     expected = read_stored(Path(adapter))["base"]
-    models = [load_base(base, dtype=dtype) for base in bases]  # type: ignore[arg-type]
+    models = [load_base(base, dtype=dtype) for base in bases if not is_adapter(base)]  # type: ignore[arg-type]
     closest = min(models, key=lambda model: deviation(expected, fingerprint(model)))
     return load_adapter(closest, adapter).eval()
 

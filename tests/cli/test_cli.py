@@ -145,6 +145,15 @@ def test_generate_applies_the_chat_template(run_json, whole):
     assert result["dense_kv_bytes"] == 2 * 2 * 20 * 2 * 8 * 2
 
 
+def test_generate_computes_in_float32_on_a_cpu(run_json, whole, tmp_path):
+    spkv.save(spkv.load(whole, dtype="bfloat16"), tmp_path / "half")
+    AutoTokenizer.from_pretrained(whole).save_pretrained(tmp_path / "half")
+    given = ("generate", tmp_path / "half", "--prompt", "a" * 20, "--max-new-tokens", 1, "--device", "cpu")
+    values = 2 * 2 * 20 * 2 * 8  # layers, key and value, tokens, heads, head size
+    assert run_json(*given)["dense_kv_bytes"] == values * 4
+    assert run_json(*given, "--dtype", "bfloat16")["dense_kv_bytes"] == values * 2
+
+
 def test_generate_for_people(run, whole):
     out, _, code = run("generate", whole, "--prompt", PROMPT, "--max-new-tokens", 2)
     assert code == 0
@@ -256,6 +265,16 @@ def test_eval_finds_the_base_of_an_adapter(run_json, run, base, adapter, whole, 
     )  # fmt: skip
     rows = {row["policy"]: row for row in run_json(*given, "--reference", base)}
     twin = run_json("eval", base, "--adapter", adapter, *given[2:8], "--policies", "spkv")[0]
+    own = (
+        "eval",
+        base,
+        "--adapter",
+        adapter,
+        *given[2:8],
+        "--policies",
+        "dense",
+    )  # an adapter is not looked for on another one
+    assert run_json(*own, "--reference", adapter)[0]["loss"] == run_json(*own)[0]["loss"]
     assert rows["twin"]["loss"] == twin["loss"] != rows["spkv"]["loss"]
     _, err, code = run(*given)
     assert code == 2
@@ -365,7 +384,7 @@ def test_hybrid_writes_a_checkpoint_that_other_commands_take(run_json, whole, te
     assert (half["global_heads"], half["layout"]) == (2, {"0": [], "1": [0, 1]})
 
 
-def test_adapt_hands_its_options_on(run_json, monkeypatch, tmp_path):
+def test_adapt_hands_its_options_on(run_json, monkeypatch, base, tmp_path):
     calls = []
 
     def fake(*arguments, **options):
@@ -375,13 +394,13 @@ def test_adapt_hands_its_options_on(run_json, monkeypatch, tmp_path):
 
     monkeypatch.setattr("spkv.training.adapt", fake)
     result = run_json(
-        "adapt", "some-model", "--data", "a.txt", "b.jsonl", "--data", "c.txt", "--output", tmp_path, "--recipe",
+        "adapt", base, "--data", "a.txt", "b.jsonl", "--data", "c.txt", "--output", tmp_path, "--recipe",
         "paper", "--lora-rank", 8, "--tokens", 5000, "--sequence-length", 64, "--learning-rate", 0.01,
         "--validation", "d.txt", "--resume", "--seed", 7, "--window", 32, "--standardised-inputs",
     )  # fmt: skip
     assert result == {"steps": 3}
     (model, data, output, recipe), options = calls[0]
-    assert (model, sorted(map(str, data)), output) == ("some-model", ["a.txt", "b.jsonl", "c.txt"], tmp_path)
+    assert (model, sorted(map(str, data)), output) == (str(base), ["a.txt", "b.jsonl", "c.txt"], tmp_path)
     assert (recipe.name, recipe.lora_rank, recipe.tokens, recipe.window) == ("paper", 8, 5000, 32)
     assert (recipe.sequence_length, recipe.learning_rate, recipe.target_density) == (64, 0.01, None)
     assert recipe.standardised_inputs
@@ -420,7 +439,25 @@ BAD = {
         "max_new_tokens must be at least 1, not 0",
     ),
     "missing model": (["generate", "./absent", "--prompt", "a"], "no such model directory: ./absent"),
-    "not adapted": (["generate", "{base}", "--prompt", "a"], "holds no spkv_config.json"),
+    "missing model to adapt": (
+        ["adapt", "./absent", "--data", "{text}", "--output", "out"],
+        "no such model directory: ./absent",
+    ),
+    "unknown model": (["generate", "no such!", "--prompt", "a"], "cannot find or download the model 'no such!'"),
+    "unknown model to adapt": (
+        ["adapt", "no such!", "--data", "{text}", "--output", "out"],
+        "cannot find or download the model 'no such!'",
+    ),
+    "adapter as a model": (["generate", "{adapter}", "--prompt", "a"], "is an adapter; give the model that it was"),
+    "adapter to adapt": (
+        ["adapt", "{adapter}", "--data", "{text}", "--output", "out"],
+        "is an adapter; give the model that it was made for, and this as adapter= (--adapter)",
+    ),
+    "not adapted": (["generate", "{base}", "--prompt", "a"], "Pass adapter=DIR (--adapter DIR)"),
+    "dense control": (
+        ["eval", "{base}", "--data", "{text}", "--sequence-length", "100", "--policies", "dense"],
+        "`spkv eval` compares with a dense model given as --reference",
+    ),
     "no adapter": (["generate", "{base}", "--adapter", "absent", "--prompt", "a"], "'absent' is no adapter"),
     "device": (["generate", "{whole}", "--prompt", "a", "--device", "abacus"], "unknown device 'abacus'"),
     "dtype": (
@@ -480,10 +517,16 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line(run, monkeypatch, tmp_path, base, whole, text_file, name):
+def test_bad_input_is_one_line(run, monkeypatch, tmp_path, base, adapter, whole, text_file, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.txt").write_text("Short.")
-    places = {"{base}": base, "{whole}": whole, "{text}": text_file, "{short}": tmp_path / "short.txt"}
+    places = {
+        "{base}": base,
+        "{adapter}": adapter,
+        "{whole}": whole,
+        "{text}": text_file,
+        "{short}": tmp_path / "short.txt",
+    }
     arguments, message = BAD[name]
     out, err, code = run(*(places.get(argument, argument) for argument in arguments))
     assert code == 2
