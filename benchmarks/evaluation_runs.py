@@ -147,6 +147,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     waiting = list(evaluations(dict(options.text), options.essays, options.lengths))
     policies = [*options.policies, *([f"twin={options.twin}"] if options.twin else [])]
     common = [str(options.model), "--policies", ",".join(policies), "--thresholds", options.thresholds]
+    if options.match_thresholds is not None:
+        common += ["--match-thresholds", options.match_thresholds]
     if options.reference is not None:
         common += ["--reference", str(options.reference)]
     if options.dtype is not None:
@@ -194,6 +196,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
     parser.add_argument("--thresholds", default="0.5", help="of policy spkv, with commas")
+    parser.add_argument("--match-thresholds", help="those whose memory the other methods get; default: all")
     parser.add_argument("--dtype", help="of weights and cache")
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count(), help="default: all; 0 is the CPU")
     parser.add_argument("--at-once", type=int, default=1, help="evaluations on a GPU at a time")

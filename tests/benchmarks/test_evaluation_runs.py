@@ -42,7 +42,8 @@ def arguments(folder, *more):
 
 def test_each_is_run_once_and_what_is_done_is_gathered(ran, monkeypatch, tmp_path, capsys):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert evaluation_runs.main(arguments(tmp_path, "--gpus", "2", "--at-once", "3")) == 1
+    thresholds = ("--thresholds", "0.5,0.7", "--match-thresholds", "0.5")
+    assert evaluation_runs.main(arguments(tmp_path, "--gpus", "2", "--at-once", "3", *thresholds)) == 1
     names = [name for name, _, _ in ran]
     assert len(names) == len(set(names)) == 14
     assert {gpu for _, gpu, _ in ran} <= {"0", "1"}
@@ -57,7 +58,7 @@ def test_each_is_run_once_and_what_is_done_is_gathered(ran, monkeypatch, tmp_pat
     assert (fwe["model"], fwe["device"], fwe["commit"], fwe["dtype"]) == ("m", "a GPU", "c", "float32")
     assert fwe["command"] == (
         "spkv eval model --policies dense,spkv,streaming,random,h2o,expected-attention,snapkv,tova,keydiff,twin=twin "
-        "--thresholds 0.5 --reference control --task fwe --sequence-length 64 --limit 2048 --batch-size 2048 "
+        "--thresholds 0.5,0.7 --match-thresholds 0.5 --reference control --task fwe --sequence-length 64 --limit 2048 --batch-size 2048 "
         "--task-option essays=e.txt"
     )
 
