@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "spkv"
 # Lower layers first; a module may import its own layer and those before it.
 LAYERS = [
-    {"config", "fingerprint"},
+    {"config", "fingerprint", "outputs"},
     {"gates", "predictor", "ops", "text"},
     {"cache"},
     {"hf"},

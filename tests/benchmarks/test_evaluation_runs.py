@@ -58,8 +58,8 @@ def test_each_is_run_once_and_what_is_done_is_gathered(ran, monkeypatch, tmp_pat
     assert (fwe["model"], fwe["device"], fwe["commit"], fwe["dtype"]) == ("m", "a GPU", "c", "float32")
     assert fwe["command"] == (
         "spkv eval model --policies dense,spkv,streaming,random,h2o,expected-attention,snapkv,tova,keydiff,twin=twin "
-        "--thresholds 0.5,0.7 --match-thresholds 0.5 --reference control --task fwe --sequence-length 64 --limit 2048 --batch-size 2048 "
-        "--task-option essays=e.txt"
+        "--thresholds 0.5,0.7 --match-thresholds 0.5 --reference control --task fwe --sequence-length 64 --limit 2048 "
+        "--batch-size 2048 --task-option essays=e.txt"
     )
 
 

@@ -357,12 +357,16 @@ def test_inspect_writes_a_page_and_its_data(run_json, run, whole, text_file, tmp
 
 
 def test_hybrid_writes_a_checkpoint_that_other_commands_take(run_json, whole, text_file, tmp_path):
-    output = tmp_path / "hybrid"
-    given = ("hybrid", whole, "--text", text_file, "--tokens", 200, "--output", output)
-    report = run_json(*given, "--global-heads", 1)
+    made = []
+
+    def hybrid(*options):
+        made.append(tmp_path / f"hybrid-{len(made)}")
+        return run_json("hybrid", whole, "--text", text_file, "--tokens", 200, "--output", made[-1], *options)
+
+    report = hybrid("--global-heads", 1)
     assert (report["sinks"], report["kept_fraction"]) == (4, pytest.approx(0.25 + 0.75 * (16 + 4) / 256))
-    given = (*given, "--sinks", 0)
-    report = run_json(*given, "--global-heads", 1, "--strategy", "random", "--seed", 3)
+    report = hybrid("--sinks", 0, "--global-heads", 1, "--strategy", "random", "--seed", 3)
+    output = made[-1]
     assert json.loads((output / "hybrid.json").read_text()) == report
     assert (report["global_heads"], report["heads"], report["length"]) == (1, 4, 256)
     assert report["kept_fraction"] == pytest.approx(0.25 + 0.75 * 16 / 256)
@@ -377,11 +381,17 @@ def test_hybrid_writes_a_checkpoint_that_other_commands_take(run_json, whole, te
     inspected = run_json("inspect", output, "--text", text_file, "--tokens", 100, "--output", tmp_path / "page")
     assert (inspected["density"], inspected["threshold"]) == (0.25, None)
     learned = ("--strategy", "learned", "--steps", 2, "--sequence-length", 100)
-    assert run_json(*given, "--global-heads", 1, *learned)["global_heads"] == 1
-    half = run_json(*given, "--kv-budget", 0.5, "--length", 160, "--strategy", "interleave")
+    assert hybrid("--sinks", 0, "--global-heads", 1, *learned)["global_heads"] == 1
+    half = hybrid("--sinks", 0, "--kv-budget", 0.5, "--length", 160, "--strategy", "interleave")
     assert (half["global_heads"], half["kept_fraction"]) == (0, 0.1)  # one layer of two would be 0.55
-    half = run_json(*given, "--kv-budget", 0.55, "--length", 160, "--strategy", "interleave")
+    half = hybrid("--sinks", 0, "--kv-budget", 0.55, "--length", 160, "--strategy", "interleave")
     assert (half["global_heads"], half["layout"]) == (2, {"0": [], "1": [0, 1]})
+
+
+def test_hybrid_writes_over_no_model(run, whole, text_file, tmp_path):
+    _, err, code = run("hybrid", whole, "--text", text_file, "--global-heads", 1, "--output", whole)
+    assert code == 2
+    assert "holds a model already" in err
 
 
 def test_adapt_hands_its_options_on(run_json, monkeypatch, base, tmp_path):
