@@ -40,7 +40,7 @@ from benchmarks.recipe_runs import SUITES, Run, control_of, find_run, parse_sett
 from benchmarks.run import environment
 from spkv.checkpoint import is_adapter, load_base, resolve_model
 from spkv.gates import HardGate, LayoutGate, OpenGate, RandomGate, SinkGate, ThresholdGate
-from spkv.training import Recipe, adapt
+from spkv.training import adapt
 from spkv.training.data import PackedRows, spread
 from spkv.training.tokens import Tokens, document_prefix, tokenize_files
 
@@ -167,7 +167,7 @@ class Suite:
         gc.collect()
         torch.cuda.empty_cache()
         print(f"training {run.name}", file=sys.stderr, flush=True)
-        summary = adapt(
+        return adapt(
             self.model,
             self._data(run),
             self._directory(run),
@@ -181,9 +181,6 @@ class Suite:
             progress=False,
             callbacks=[_Deadline(self.deadline)],
         )
-        if Recipe(**summary["recipe"]) != run.recipe:
-            raise ValueError(f"{self._directory(run)} holds a run of another recipe; choose another --output")
-        return summary
 
     def _load(self, run: Run) -> PreTrainedModel:
         gc.collect()

@@ -1,12 +1,13 @@
 """What an evaluation has measured so far: a record for each example and policy, saved as soon as it is there.
 
-A directory of results holds `arguments.json`, what was asked for; `examples.jsonl`, the records; `results.json`, the
-rows made of them, which `spkv report` reads; and `seconds.json`, what each of them took, which alone differs from one
-evaluation to another of the same seed on the same device.
+A directory of results holds `arguments.json`, what was asked for; `examples.jsonl`, the records; and `results.json`,
+the rows made of them, which `spkv report` reads. Seconds are in the records alone, so that two evaluations of one seed
+on one device leave the same results.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 ARGUMENTS_FILE, EXAMPLES_FILE, RESULTS_FILE = "arguments.json", "examples.jsonl", "results.json"
-SECONDS_FILE = "seconds.json"
 _FORMAT = 1
 
 Key = tuple[str, int, str]
@@ -51,12 +51,14 @@ class Records:
         else:
             write_json(file, self.arguments)
 
-    def check_weights(self, model: str, checksum: str) -> None:
-        """Remember the weights of a model.
+    def check_weights(self, model: str, checksum: str | None) -> None:
+        """Remember the weights of a model, unless they are not known.
 
         Raises:
             ValueError: if records of this model were made with others.
         """
+        if checksum is None:
+            return
         if self._weights.setdefault(model, checksum) != checksum:
             raise ValueError(
                 f"{self.output} holds an evaluation of {model} with other weights: choose another directory"
@@ -87,7 +89,6 @@ class Records:
         untimed = [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
         arguments = {**self.arguments, "weights": self._weights}
         write_json(self.output / RESULTS_FILE, {"format": _FORMAT, "arguments": arguments, "rows": untimed})
-        write_json(self.output / SECONDS_FILE, [row["seconds"] for row in rows])
 
     def _check_arguments(self, stored: dict[str, Any]) -> None:
         names = [name for name in {**stored, **self.arguments} if stored.get(name) != self.arguments.get(name)]
@@ -115,6 +116,18 @@ class Records:
                 self._records.setdefault(key, {})[record["example"]] = record
             except (json.JSONDecodeError, KeyError) as error:
                 raise ValueError(f"{file}, line {number} is no record of an evaluation: {error}") from error
+
+
+def stored_seconds(directory: Path) -> dict[Key, float]:
+    """What each task, length and policy of an evaluation took in all; nothing if its records are not there."""
+    file = directory / EXAMPLES_FILE
+    seconds: dict[Key, float] = {}
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):  # the last one, where an evaluation was interrupted
+            record = json.loads(line)
+            key = (record["task"], record["length"], record["policy"])
+            seconds[key] = seconds.get(key, 0.0) + record["seconds"]
+    return seconds
 
 
 def write_json(file: Path, value: Any) -> None:

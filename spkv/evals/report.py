@@ -13,7 +13,7 @@ from typing import Any
 
 from spkv.evals.labels import beside, differs_in_context, format_kept_fraction, policy_label
 from spkv.evals.plots import check_matplotlib, draw_all
-from spkv.evals.records import RESULTS_FILE, SECONDS_FILE, write_json
+from spkv.evals.records import RESULTS_FILE, stored_seconds, write_json
 
 PAGE_FILE, ROWS_FILE = "report.html", "report.json"
 # What a report cannot do without, and what it takes for absent where older results lack it.
@@ -95,11 +95,12 @@ def load_results(source: str | os.PathLike[str]) -> dict[str, Any]:
     result = {"name": path.resolve().name if path.is_dir() else path.stem, "arguments": arguments}
     if isinstance(content, dict) and "runs" in content:
         result["runs"] = content["runs"]
-    times = path / SECONDS_FILE
-    if path.is_dir() and times.is_file():
-        seconds = json.loads(times.read_text(encoding="utf-8"))
-        rows = [{**row, "seconds": value} for row, value in zip(rows, seconds, strict=True)]
-    return {**result, "rows": _told_apart([{**_OPTIONAL, **row} for row in rows])}
+    rows = [{**_OPTIONAL, **row} for row in rows]
+    if path.is_dir():
+        seconds = stored_seconds(path)
+        for row in rows:
+            row["seconds"] = seconds.get((row["task"], row["length"], policy_label(row)), row["seconds"])
+    return {**result, "rows": _told_apart(rows)}
 
 
 def _told_apart(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -108,7 +109,7 @@ def _told_apart(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         {
             **{name: value for name, value in row.items() if name != "data"},
             "task": f"{row['task']}: {row['data']}" if row.get("data") else row["task"],
-            "run": row["model"] if several and row.get("model") else row.get("run"),
+            "run": row.get("run") or (row.get("model") if several else None),
         }
         for row in rows
     ]

@@ -49,7 +49,7 @@ def make_row(
             name: mean([record.get(name) for record in records])
             for name in (*_MEASURES, "density", "kept_fraction", "context_kept_fraction", "kv_bytes")
         },
-        "standard_error": _standard_errors(records, dense or []),
+        "standard_error": _standard_errors(records, dense),
         "seconds": sum(record["seconds"] for record in records),
         "by_fact": _by_fact(records),
         "by_turn": _by_turn(records),
@@ -63,10 +63,12 @@ def mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _standard_errors(records: Sequence[dict[str, Any]], dense: Sequence[dict[str, Any]]) -> dict[str, float]:
-    errors = {}
+def _standard_errors(records: Sequence[dict[str, Any]], dense: Sequence[dict[str, Any]] | None) -> dict[str, float]:
+    errors: dict[str, float] = {}
+    if dense is None:
+        return errors
     for name in _MEASURES:
-        pairs = [(record.get(name), other.get(name)) for record, other in zip(records, dense, strict=False)]
+        pairs = [(record.get(name), other.get(name)) for record, other in zip(records, dense, strict=True)]
         differences = [value - other for value, other in pairs if value is not None and other is not None]
         if len(differences) > 1:
             errors[name] = statistics.stdev(differences) / math.sqrt(len(differences))

@@ -104,7 +104,7 @@ def evaluate(
         for job in jobs:
             job.check(model, policy.press, oracle=oracle)
     records = Records(output, {**(arguments or {}), **_arguments(jobs, policies, batch_size, chunk_size, oracle)})
-    records.check_weights("the model", checksum_of(model))
+    records.check_weights("the model", _checksum(model))
     total = sum(job.count * job.length for job in jobs) * len(policies)
     done = 0
 
@@ -121,7 +121,7 @@ def evaluate(
             assert load is not None
             name, other = policy.model, None  # the last one is let go before the next is loaded
             other = load(name)
-            records.check_weights(name, checksum_of(other))
+            records.check_weights(name, _checksum(other))
         chosen = model if policy.model is None else other
         assert chosen is not None
         for job in jobs:
@@ -213,13 +213,13 @@ def _arguments(
     }
 
 
-def checksum_of(model: nn.Module) -> str:
-    """A checksum of a model's weights: of some elements of each, evenly spread, which training would change."""
+def _checksum(model: nn.Module) -> str | None:
+    """A checksum of a model's weights: of some elements of each, evenly spread. None if some are offloaded."""
     checksum = 0
     for name, weight in model.named_parameters():
-        if weight.is_meta:  # offloaded to a disk
-            continue
+        if weight.is_meta:
+            return None
         flat = weight.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // _SAMPLED)][:_SAMPLED].float().cpu()
+        sample = flat[:: max(1, -(-flat.numel() // _SAMPLED))].float().cpu()
         checksum = zlib.crc32(sample.numpy().tobytes(), zlib.crc32(name.encode(), checksum))
     return f"{checksum:08x}"

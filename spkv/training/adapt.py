@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 _CALIBRATED, _LEAST_CALIBRATED, _MOST_CALIBRATED = 0.02, 16_384, 262_144
 # A loss that training and pruning leave this much higher is worth a word.
 _TOLERATED_RISE = 1.01
-# So much more than was asked for, too.
-_TOLERATED_EXCESS = 1.1
+# Whole steps that take this many times the tokens that were asked for are, too.
+_TOLERATED_ROUNDING = 1.1
 
 
 def adapt(
@@ -101,11 +101,11 @@ def adapt(
     from accelerate import PartialState
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
-    from spkv.checkpoint import PACKAGED_MODELS, load_base, resolve_model, stored_config
+    from spkv.checkpoint import PACKAGED_MODELS, check_no_adapter, load_base, resolve_model, stored_config
     from spkv.hf.attach import attach
     from spkv.hf.families import find_decoder
     from spkv.training.calibration import calibrate
-    from spkv.training.checkpoints import last_checkpoint, stored_batch_size
+    from spkv.training.checkpoints import STATE_FILE, last_checkpoint, stored_batch_size
     from spkv.training.data import PackedRows, TrainingRows, leaves_window, spread
     from spkv.training.inputs import fold_inputs
     from spkv.training.parameters import (
@@ -129,6 +129,7 @@ def adapt(
         raise ValueError("no data files were given")
     if compile and _uses_fsdp():
         raise ValueError("compile is not supported with FSDP; leave it out")
+    check_no_adapter(model)
     output = Path(output)
     stored = stored_config(model)
     if stored is not None and stored.layout is not None and recipe.gates:
@@ -192,7 +193,7 @@ def adapt(
 
     prepared = build()
     steps = recipe.total_steps(base_parameters(prepared))
-    if recipe.tokens is not None and steps * recipe.tokens_per_step > _TOLERATED_EXCESS * recipe.tokens:
+    if recipe.tokens is not None and steps * recipe.tokens_per_step > _TOLERATED_ROUNDING * recipe.tokens:
         logger.warning(
             "%s tokens were asked for, and %d steps of %s are trained",
             f"{recipe.tokens:,}",
@@ -266,8 +267,8 @@ def adapt(
     summary |= circumstances(trainer)
     save_result(trainer, build, output, summary)
     if args.should_save and not keep_checkpoints:
-        for path in output.glob("checkpoint-*"):
-            shutil.rmtree(path)
+        for state in output.glob(f"checkpoint-*/{STATE_FILE}"):
+            shutil.rmtree(state.parent)
     trainer.accelerator.wait_for_everyone()
     return summary
 

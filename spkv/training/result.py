@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ import spkv
 from spkv.checkpoint import save, save_adapter
 from spkv.hf.attach import detach
 from spkv.outputs import check_holds_no_model
-from spkv.training.checkpoints import check_same_run
+from spkv.training.checkpoints import check_same_run, last_checkpoint
 from spkv.training.inputs import fold_inputs, inputs_of, set_inputs
 from spkv.training.parameters import ADAPTER_DTYPE
 from spkv.training.trainer import AdaptationTrainer
@@ -31,7 +30,7 @@ def finished_run(output: Path, resume: bool, wanted: dict[str, Any]) -> dict[str
     Args:
         output: its directory.
         resume: whether a run is to go on there.
-        wanted: what the summary must say: recipe, model, data and seed.
+        wanted: what the summary must say: "recipe", a dictionary, and model, data and seed.
 
     Raises:
         FileExistsError: if `output` holds a run, finished or not, and `resume` is not set; or another model.
@@ -41,17 +40,17 @@ def finished_run(output: Path, resume: bool, wanted: dict[str, Any]) -> dict[str
         if not resume:
             raise FileExistsError(f"{output} holds a finished run; choose another output")
         summary: dict[str, Any] = json.loads((output / SUMMARY_FILE).read_text(encoding="utf-8"))
-        parts = [(one.pop("recipe"), one) for one in (dict(summary), dict(wanted))]
-        (stored_recipe, stored), (recipe, rest) = parts
-        stored = {name: stored.get(name) for name in rest}
-        check_same_run({**stored_recipe, **stored}, {**recipe, **rest}, os.fspath(output))
+        rest = wanted.keys() - {"recipe"}
+        if "recipe" not in summary:
+            raise ValueError(f"{output / SUMMARY_FILE} is not that of a run of `spkv adapt`; choose another output")
+        stored, now = ({**run["recipe"], **{name: run.get(name) for name in rest}} for run in (summary, wanted))
+        check_same_run(stored, now, str(output))
         return summary
-    if any(output.glob("checkpoint-*")):
-        if not resume:
-            raise FileExistsError(
-                f"{output} holds the checkpoints of an unfinished run; resume it or choose another output"
-            )
-    else:
+    if not resume and any(output.glob("checkpoint-*")):
+        raise FileExistsError(
+            f"{output} holds the checkpoints of an unfinished run; resume it or choose another output"
+        )
+    if last_checkpoint(output) is None:
         check_holds_no_model(output)
     return None
 

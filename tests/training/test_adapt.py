@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -320,6 +321,14 @@ def test_a_model_is_not_written_over(run, recipe_of, tmp_path, model_directory) 
     for resume in (False, True):
         with pytest.raises(FileExistsError, match=r"holds a model already \(config.json, model.safetensors\)"):
             run(recipe_of(steps=2), model_directory, resume=resume)
+    mine = shutil.copytree(model_directory, tmp_path / "mine")
+    (mine / "checkpoint-5").mkdir()  # of another trainer
+    with pytest.raises(FileExistsError, match="holds a model already"):
+        run(recipe_of(steps=2), mine, resume=True)
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "summary.json").write_text("{}")
+    with pytest.raises(ValueError, match="is not that of a run of `spkv adapt`"):
+        run(recipe_of(steps=2), "else", resume=True)
     assert stored(model_directory).keys() == before.keys()
     assert all(torch.equal(value, before[key]) for key, value in stored(model_directory).items())
 
