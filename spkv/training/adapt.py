@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spkv.training.recipes import RECIPES, Recipe, with_layout
+from spkv.training.recipes import RECIPES, Recipe, fast, with_layout
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,6 +32,8 @@ _CALIBRATED, _LEAST_CALIBRATED, _MOST_CALIBRATED = 0.02, 16_384, 262_144
 _TOLERATED_RISE = 1.01
 # Whole steps that take this many times the tokens that were asked for are, too.
 _TOLERATED_ROUNDING = 1.1
+# Where the recipes' learning rate of full training was found; Gemma-3-270M wants a sixth of it.
+_PARAMETERS_OF_TRIALS = 135e6
 
 
 def adapt(
@@ -192,7 +194,20 @@ def adapt(
         return prepare_parameters(attach(base, config), recipe)
 
     prepared = build()
-    steps = recipe.total_steps(base_parameters(prepared))
+    parameters = base_parameters(prepared)
+    steps = recipe.total_steps(parameters)
+    if (
+        parameters > 1.5 * _PARAMETERS_OF_TRIALS
+        and not recipe.makes_adapter
+        and recipe.learning_rate >= fast().learning_rate
+    ):
+        logger.warning(
+            "a learning rate of %g suits a model of %d M parameters; this one has %d M, and may want less, such as "
+            "5e-5: held-out data given as validation will tell whether its loss rose",
+            recipe.learning_rate,
+            _PARAMETERS_OF_TRIALS / 1e6,
+            parameters / 1e6,
+        )
     if recipe.tokens is not None and steps * recipe.tokens_per_step > _TOLERATED_ROUNDING * recipe.tokens:
         logger.warning(
             "%s tokens were asked for, and %d steps of %s are trained",

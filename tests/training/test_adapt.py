@@ -342,6 +342,13 @@ def test_what_would_prune_nothing_is_refused(run, recipe_of, tmp_path) -> None:
         run(recipe_of(steps=2), data=[short])
 
 
+def test_a_high_learning_rate_of_a_larger_model_is_told(run, recipe_of, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(sys.modules["spkv.training.sizes"], "base_parameters", lambda model: 7 * 10**9)
+    for name, rate, warned in (("fast", 5e-5, False), ("fast-lora", 3e-4, False), ("fast", 3e-4, True)):
+        run(recipe_of(name, steps=1, learning_rate=rate), f"{name}-{rate}")
+        assert ("this one has 7000 M, and may want less" in caplog.text) == warned
+
+
 def test_tokens_that_are_rounded_up_are_told(run, recipe_of, caplog) -> None:
     recipe = recipe_of(steps=None, tokens=100)
     run(recipe)
