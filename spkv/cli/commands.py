@@ -50,7 +50,8 @@ Data = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; default: a GPU if there is one.")]
 Dtype = Annotated[
-    str | None, typer.Option(help=f"Of weights and cache: {', '.join(DTYPES)}; default: the checkpoint's.")
+    str | None,
+    typer.Option(help=f"Of weights and cache: {', '.join(DTYPES)}; default: the checkpoint's, on a CPU float32."),
 ]
 PageDtype = Annotated[
     str | None,
@@ -117,13 +118,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to make at most.")] = 128,
     page_dtype: PageDtype = None,
     device: Device = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Of weights and cache: {', '.join(DTYPES)}; default: the checkpoint's, on a CPU float32, which is "
-            "faster there."
-        ),
-    ] = None,
+    dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt, and measure cache and speed.
@@ -154,8 +149,6 @@ def generate(
         tokenizer, config = tokenizer_and_config(model)
         prompt_ids = encode_prompt(tokenizer, content, chat=chat)
         check_length(config, prompt_ids.shape[1], max_new_tokens)
-        if dtype is None and device_called(device).type == "cpu":
-            dtype = "float32"  # decoding in bfloat16 can take several times as long there
         with opened(model, adapter, device, dtype, threshold, dense, page_dtype) as loaded:
             result = run_generate(
                 loaded,

@@ -49,7 +49,7 @@ def opened(
     from spkv.checkpoint import load_base
     from spkv.config import CONFIG_FILE
 
-    place, kind = device_called(device), dtype_called(dtype)
+    place, kind = place_and_kind(device, dtype)
     if dense and adapter is None and not (Path(model) / CONFIG_FILE).is_file():
         yield load_base(model, dtype=kind).to(place).eval()  # type: ignore[arg-type]
         return
@@ -73,7 +73,7 @@ def loader(
         from spkv.checkpoint import is_adapter, load_base
         from spkv.config import CONFIG_FILE
 
-        place, kind = device_called(device), dtype_called(dtype)
+        place, kind = place_and_kind(device, dtype)
         if not (Path(path) / CONFIG_FILE).is_file():
             return load_base(path, dtype=kind).to(place).eval()  # type: ignore[arg-type]
         if is_adapter(path):
@@ -96,6 +96,13 @@ def _on_its_base(adapter: str, bases: Sequence[str], dtype: torch.dtype | None) 
     models = [load_base(base, dtype=dtype) for base in bases if not is_adapter(base)]  # type: ignore[arg-type]
     closest = min(models, key=lambda model: deviation(expected, fingerprint(model)))
     return load_adapter(closest, adapter).eval()
+
+
+def place_and_kind(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype | None]:
+    """Where to run and in which dtype; None is the checkpoint's. Without a choice it is float32 on a CPU."""
+    place = device_called(device)
+    # Most CPUs take several times as long in half precision.
+    return place, dtype_called("float32" if dtype is None and place.type == "cpu" else dtype)
 
 
 def device_called(name: str | None) -> torch.device:

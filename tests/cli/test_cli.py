@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 import spkv
 from spkv.cli import main
 from spkv.cli.console import format_kept_fraction
+from spkv.cli.models import place_and_kind
 from spkv.evals.task import Example, Question
 from spkv.hf.generation import generate
 
@@ -227,6 +228,13 @@ class StubTasks(ModuleType):
 @pytest.fixture
 def stub_tasks(monkeypatch):
     monkeypatch.setitem(sys.modules, "spkv.evals.tasks", StubTasks("spkv.evals.tasks"))
+
+
+def test_a_cpu_computes_in_float32_unless_told_otherwise():
+    cpu = torch.device("cpu")
+    assert place_and_kind("cpu", None) == (cpu, torch.float32)
+    assert place_and_kind("cpu", "bfloat16") == (cpu, torch.bfloat16)
+    assert place_and_kind("meta", None) == (torch.device("meta"), None)
 
 
 def test_eval_runs_tasks_at_several_lengths_and_goes_on(run_json, run, whole, text_file, tmp_path, stub_tasks):
