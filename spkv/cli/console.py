@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from spkv.evals.labels import beside, differs_in_context, format_kept_fraction, policy_label
+from spkv.evals.labels import beside, format_kept_fraction, matched_in_context, policy_label
 
 # A row of a table: what it is called, its key in the result, and how it is printed.
 _Row = tuple[str, str, Callable[[Any], str]]
@@ -91,7 +91,7 @@ def print_evaluation(rows: list[dict[str, Any]]) -> None:
             if any(row[name] is not None for row in same)
         ]
         dense = next((row for row in same if row["policy"] == "dense"), None)
-        contexts = any(map(differs_in_context, same))
+        contexts = any(map(matched_in_context, same))
         _print_table(
             f"{task}: {same[0]['examples']:,} of {length:,} tokens" + ("; (against dense)" if dense else ""),
             [
@@ -100,7 +100,7 @@ def print_evaluation(rows: list[dict[str, Any]]) -> None:
                 "density",
                 *(["kept of the context"] * contexts),
                 "kept_fraction",
-                "KV bytes",
+                "KV MB",
                 "seconds",
             ],
             [
@@ -110,7 +110,7 @@ def print_evaluation(rows: list[dict[str, Any]]) -> None:
                     _format(row["density"], ".3f"),
                     *([format_kept_fraction(row["context_kept_fraction"])] * contexts),
                     format_kept_fraction(row["kept_fraction"]),
-                    _format(row["kv_bytes"], ",.0f"),
+                    _format(row["kv_bytes"] and row["kv_bytes"] / 1e6, ",.1f"),
                     _format(row["seconds"], ".1f"),
                 ]
                 for row in same

@@ -10,9 +10,10 @@ def format_kept_fraction(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f} ({1 / value:.1f}×)"
 
 
-def differs_in_context(row: dict[str, Any]) -> bool:
-    """Whether another share of the context was kept than of all that was read."""
-    return row["context_kept_fraction"] is not None and row["context_kept_fraction"] != row["kept_fraction"]
+def matched_in_context(row: dict[str, Any]) -> bool:
+    """Whether a policy had to take the memory of another, as much of it as there is once the context is read."""
+    same = row["context_kept_fraction"] in (None, row["kept_fraction"])
+    return row["match_threshold"] is not None and not same
 
 
 def policy_label(row: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spkv.evals.labels import beside, differs_in_context, format_kept_fraction, policy_label
+from spkv.evals.labels import beside, format_kept_fraction, matched_in_context, policy_label
 from spkv.evals.plots import check_matplotlib, draw_all
 from spkv.evals.records import RESULTS_FILE, stored_seconds, write_json
 
@@ -158,7 +158,7 @@ def _page(rows: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]], pictur
 def _table(rows: Sequence[dict[str, Any]]) -> str:
     measures = [m for m in ("score", "loss", "continuation_loss") if any(row[m] is not None for row in rows)]
     header = ["task", "length", "policy", "examples", *(m.replace("_", " ") for m in measures)]
-    contexts = any(differs_in_context(row) for row in rows)
+    contexts = any(matched_in_context(row) for row in rows)
     header += ["density", *(["kept of the context"] * contexts), "kept_fraction", "KV bytes", "seconds"]
     body = []
     for row in rows:
