@@ -34,5 +34,5 @@ def beside(name: str, row: dict[str, Any], dense: dict[str, Any] | None) -> str:
         return plain
     error = row["standard_error"].get(name)
     if name == "score":
-        return f"{plain} ({value - other:+.3f}{'' if error is None else f' ± {error:.3f}'})"
-    return f"{plain} ({value / other - 1:+.2%}{'' if error is None else f' ± {error / other:.2%}'})"
+        return f"{plain} ({value - other:+.3f}{'' if error is None else f'±{error:.3f}'})"
+    return f"{plain} ({value / other - 1:+.2%}{'' if error is None else f'±{error / other:.2%}'})"

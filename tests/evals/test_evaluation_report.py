@@ -132,8 +132,8 @@ def test_the_published_evaluation_is_drawn(tmp_path):
 def test_a_difference_comes_with_its_standard_error():
     dense = row("dense", score=0.5, loss=2.0)
     pruned = row(score=0.4, loss=2.1, standard_error={"score": 0.02, "loss": 0.01})
-    assert beside("score", pruned, dense) == "0.400 (-0.100 ± 0.020)"
-    assert beside("loss", pruned, dense) == "2.1000 (+5.00% ± 0.50%)"
+    assert beside("score", pruned, dense) == "0.400 (-0.100±0.020)"
+    assert beside("loss", pruned, dense) == "2.1000 (+5.00%±0.50%)"
     assert beside("loss", row(loss=2.1, standard_error={}), dense) == "2.1000 (+5.00%)"
 
 
