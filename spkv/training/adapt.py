@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spkv.training.recipes import RECIPES, Recipe, fast, with_layout
+from spkv.training.recipes import RECIPES, Recipe, with_layout
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,10 +30,6 @@ logger = logging.getLogger(__name__)
 _CALIBRATED, _LEAST_CALIBRATED, _MOST_CALIBRATED = 0.02, 16_384, 262_144
 # A loss that training and pruning leave this much higher is worth a word.
 _TOLERATED_RISE = 1.01
-# Whole steps that take this many times the tokens that were asked for are, too.
-_TOLERATED_ROUNDING = 1.1
-# Where the recipes' learning rate of full training was found; Gemma-3-270M wants a sixth of it.
-_PARAMETERS_OF_TRIALS = 135e6
 
 
 def adapt(
@@ -101,14 +97,13 @@ def adapt(
     """
     import torch
     from accelerate import PartialState
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+    from transformers import AutoConfig, AutoTokenizer, set_seed
 
     from spkv.checkpoint import PACKAGED_MODELS, check_no_adapter, load_base, resolve_model, stored_config
     from spkv.hf.attach import attach
-    from spkv.hf.families import find_decoder
     from spkv.training.calibration import calibrate
     from spkv.training.checkpoints import STATE_FILE, last_checkpoint, stored_batch_size
-    from spkv.training.data import PackedRows, TrainingRows, leaves_window, spread
+    from spkv.training.data import PackedRows, TrainingRows, spread
     from spkv.training.inputs import fold_inputs
     from spkv.training.parameters import (
         ADAPTER_DTYPE,
@@ -121,8 +116,10 @@ def adapt(
         accumulation_steps,
         allowed_batch_sizes,
         base_parameters,
+        check_leaves_window,
         check_sizes,
         default_batch_size,
+        warn_of_sizes,
     )
     from spkv.training.tokens import document_prefix, tokenize_files
     from spkv.training.trainer import AdaptationTrainer
@@ -158,10 +155,7 @@ def adapt(
 
     processes = PartialState(cpu=not torch.cuda.is_available())
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(model))
-    with torch.device("meta"):  # what does not fit shows before data are read
-        shape = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(resolve_model(model)))
-    find_decoder(shape)
-    check_sizes(shape, tokenizer, recipe)
+    check_sizes(AutoConfig.from_pretrained(resolve_model(model)), tokenizer, recipe)  # before data are read
     with processes.local_main_process_first():
         # The others find it in the cache.
         progress_bar = progress and processes.is_local_main_process
@@ -175,12 +169,8 @@ def adapt(
             if files
         ]
     rows = corpora[0]
-    segments = (rows[index]["segment_ids"][None] for index in range(len(rows)))
-    if recipe.gates and not any(leaves_window(ids, recipe.window).any() for ids in segments):
-        raise ValueError(
-            f"no document of the data is longer than the window of {recipe.window} tokens, so that nothing would be "
-            "pruned; choose a smaller window, or longer documents"
-        )
+    if recipe.gates:
+        check_leaves_window(rows, recipe.window)
     held_out = spread(corpora[1], validation_tokens) if validation else None
 
     # Weights that stay as they are need no more precision than they are computed with, which is faster.
@@ -196,25 +186,7 @@ def adapt(
     prepared = build()
     parameters = base_parameters(prepared)
     steps = recipe.total_steps(parameters)
-    if (
-        parameters > 1.5 * _PARAMETERS_OF_TRIALS
-        and not recipe.makes_adapter
-        and recipe.learning_rate >= fast().learning_rate
-    ):
-        logger.warning(
-            "a learning rate of %g suits a model of %d M parameters; this one has %d M, and may want less, such as "
-            "5e-5: held-out data given as validation will tell whether its loss rose",
-            recipe.learning_rate,
-            _PARAMETERS_OF_TRIALS / 1e6,
-            parameters / 1e6,
-        )
-    if recipe.tokens is not None and steps * recipe.tokens_per_step > _TOLERATED_ROUNDING * recipe.tokens:
-        logger.warning(
-            "%s tokens were asked for, and %d steps of %s are trained",
-            f"{recipe.tokens:,}",
-            steps,
-            f"{recipe.tokens_per_step:,}",
-        )
+    warn_of_sizes(recipe, steps, parameters)
     if batch_size is None:
         known = None if checkpoint is None else stored_batch_size(checkpoint)
         if known in allowed_batch_sizes(recipe, processes.num_processes):

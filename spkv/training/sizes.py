@@ -1,16 +1,25 @@
-"""Sizes that have to fit: of a batch, a step, a row, a vocabulary."""
+"""Sizes that have to fit: of a batch, a step, a row, a window, a vocabulary."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from spkv.hf.families import find_decoder
-from spkv.training.recipes import Recipe
+from spkv.training.data import PackedRows, leaves_window
+from spkv.training.recipes import Recipe, fast
+
+logger = logging.getLogger(__name__)
+
+# Where the recipes' learning rate of full training was found; Gemma-3-270M does better with a sixth of it.
+_PARAMETERS_OF_TRIALS = 135e6
+# Whole steps that take this many times the tokens that were asked for are worth a word.
+_TOLERATED_ROUNDING = 1.1
 
 
 def accumulation_steps(recipe: Recipe, batch_size: int, processes: int) -> int:
@@ -78,8 +87,16 @@ def base_parameters(model: nn.Module) -> int:
     return sum(p.numel() for name, p in model.named_parameters() if not any(part in name for part in added))
 
 
-def check_sizes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
-    """Raise a ValueError if rows are longer than the model's positions or within the window, or tokens not embedded."""
+def check_sizes(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+    """Check what the model's config alone tells, before its weights or any data are read.
+
+    Raises:
+        ValueError: if the model is not supported, rows are longer than its positions or within the window, or the
+            tokenizer has more tokens than it embeds.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    find_decoder(model)
     if recipe.gates and recipe.window >= recipe.sequence_length:
         raise ValueError(
             f"nothing leaves a window of {recipe.window} tokens in rows of sequence_length {recipe.sequence_length}: "
@@ -92,3 +109,39 @@ def check_sizes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, reci
     embedded = embedding.weight.shape[0]
     if len(tokenizer) > embedded:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, but the model embeds only {embedded}")
+
+
+def check_leaves_window(rows: PackedRows, window: int) -> None:
+    """Raise a ValueError if no document in the rows is longer than the window."""
+    segments = (rows[index]["segment_ids"][None] for index in range(len(rows)))
+    if not any(leaves_window(ids, window).any() for ids in segments):
+        raise ValueError(
+            f"no document of the data is longer than the window of {window} tokens, so that nothing would be pruned; "
+            "choose a smaller window, or longer documents"
+        )
+
+
+def warn_of_sizes(recipe: Recipe, steps: int, parameters: int) -> None:
+    """Warn of a learning rate found on a smaller model, and of steps that take many more tokens than were asked for.
+
+    Args:
+        recipe: of the run.
+        steps: of the run.
+        parameters: of the model alone.
+    """
+    rate = recipe.learning_rate
+    if parameters > 1.5 * _PARAMETERS_OF_TRIALS and not recipe.makes_adapter and rate >= fast().learning_rate:
+        logger.warning(
+            "a learning rate of %g suits a model of %d M parameters; this one has %d M, and may want less, such as "
+            "5e-5: held-out data given as validation will tell whether its loss rose",
+            rate,
+            _PARAMETERS_OF_TRIALS / 1e6,
+            parameters / 1e6,
+        )
+    if recipe.tokens is not None and steps * recipe.tokens_per_step > _TOLERATED_ROUNDING * recipe.tokens:
+        logger.warning(
+            "%s tokens were asked for, and %d steps of %s are trained",
+            f"{recipe.tokens:,}",
+            steps,
+            f"{recipe.tokens_per_step:,}",
+        )
