@@ -28,11 +28,12 @@ import torch
 
 from benchmarks import evaluation
 from benchmarks.recipes import UNFINISHED
-from spkv.evals.policies import POLICIES
+from spkv.evals.policies import POLICIES, make_policies
 from spkv.evals.records import RESULTS_FILE
 from spkv.evals.tasks import GROUPS
 
 LENGTHS = (4096, 8192)
+KINDS = ("losses", "answers")
 # Of each kind of task at each length: losses take more text, since other methods' are of its last tokens alone.
 _TOKENS, _TOKENS_FOR_LOSSES = 2**17, 2**19
 _DEPTHS, _NEEDLES_AT_A_DEPTH = 11, 3
@@ -50,7 +51,7 @@ class Evaluation:
 
 
 def evaluations(
-    texts: Mapping[str, Path], essays: Path | None, lengths: Sequence[int] = LENGTHS
+    texts: Mapping[str, Path], essays: Path | None, lengths: Sequence[int] = LENGTHS, only: str | None = None
 ) -> Iterator[Evaluation]:
     """Losses of the texts, needles, several questions on one cache, and RULER's tasks that need no file of questions.
 
@@ -58,12 +59,13 @@ def evaluations(
         texts: held-out text, by name.
         essays: the haystack of all tasks that have one; None takes their default.
         lengths: of sequences and examples, in tokens.
+        only: out of `KINDS`; None takes both.
     """
-    for length in lengths:
+    for length in lengths if only != "answers" else ():
         for name, file in texts.items():
             of_text = _task_arguments("nll", length, max(1, _TOKENS_FOR_LOSSES // length), _LOSS_BATCH)
             yield Evaluation(f"{name}-{length}", (*of_text, "--data", str(file)), name)
-    for length in lengths:
+    for length in lengths if only != "losses" else ():
         haystack = () if essays is None else ("--task-option", f"essays={essays}")
         needles, examples = _DEPTHS * _NEEDLES_AT_A_DEPTH, max(1, _TOKENS // length)
         for task in ("niah", "turns", *GROUPS["ruler_synthetic"]):
@@ -144,7 +146,7 @@ def command_of(arguments: Sequence[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, `UNFINISHED`, or 1 where a run failed."""
     options = _parse(argv)
-    waiting = list(evaluations(dict(options.text), options.essays, options.lengths))
+    waiting = list(evaluations(dict(options.text), options.essays, options.lengths, options.only))
     policies = [*options.policies, *([f"twin={options.twin}"] if options.twin else [])]
     common = [str(options.model), "--policies", ",".join(policies), "--thresholds", options.thresholds]
     if options.match_thresholds is not None:
@@ -194,7 +196,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--text", type=named_file, action="append", default=[], metavar="NAME=FILE", help="for losses")
     parser.add_argument("--essays", type=Path, help="haystack of all tasks; default: Python's documentation")
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
-    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
+    parser.add_argument("--only", choices=KINDS, help="default: both")
+    parser.add_argument("--policies", nargs="+", default=list(POLICIES), help="as `spkv eval` takes them")
     parser.add_argument("--thresholds", default="0.5", help="of policy spkv, with commas")
     parser.add_argument("--match-thresholds", help="those whose memory the other methods get; default: all")
     parser.add_argument("--dtype", help="of weights and cache")
@@ -204,6 +207,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="directory for what is measured, and logs")
     parser.add_argument("--json", type=Path, required=True, help="file for the rows")
     options = parser.parse_args(argv)
+    try:
+        make_policies(options.policies)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
     if options.at_once < 1:
         parser.error(f"--at-once must be at least 1, not {options.at_once}")
     if len(dict(options.text)) < len(options.text):

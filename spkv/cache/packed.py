@@ -158,15 +158,51 @@ class PackedCache:
             if query.shape[2] > 1:
                 past = dataclasses.replace(packed, empty=self._reservation.empty[layer])
                 out = pruned_prefill(query, key, value, keep, window=self.window, past=past, valid=valid, **options)
-            moves = self.moves
-            self._reservation.for_write(layer, rows, keep, valid)
-            if self.moves != moves:
-                packed = self.layer(layer, rows)
-            write(packed, key.detach(), value.detach(), keep, valid)
+            packed = self._write(packed, layer, rows, key, value, keep, valid)
             return packed_decode(query, packed, **options) if out is None else out
         except (PoolFullError, torch.OutOfMemoryError):
             self._incomplete.update(rows)
             raise
+
+    def append(
+        self, layer: int, key: Tensor, value: Tensor, keep: Tensor, valid: Tensor | None = None, *, group: int = 1
+    ) -> None:
+        """Write pairs that were made elsewhere: `attend` without queries, for all sequences.
+
+        Args:
+            layer, key, value, keep, valid: as in `attend`.
+            group: the number of queries of a KV head that will attend, for a cache that is empty.
+
+        Raises:
+            PoolFullError, ValueError, TypeError: as in `attend`.
+        """
+        if not self.sequences:
+            self.allocate(key, group)
+        rows = self._rows(None)
+        self._check_batch(key, rows)
+        try:
+            self._write(self.layer(layer, rows), layer, rows, key, value, keep, valid)
+        except (PoolFullError, torch.OutOfMemoryError):
+            self._incomplete.update(rows)
+            raise
+
+    def _write(
+        self,
+        packed: PackedLayer,
+        layer: int,
+        rows: range,
+        key: Tensor,
+        value: Tensor,
+        keep: Tensor,
+        valid: Tensor | None,
+    ) -> PackedLayer:
+        """Set pages aside and write; returns the layer's storage, which may have moved."""
+        moves = self.moves
+        self._reservation.for_write(layer, rows, keep, valid)
+        if self.moves != moves:
+            packed = self.layer(layer, rows)
+        write(packed, key.detach(), value.detach(), keep, valid)
+        return packed
 
     def layer(self, layer: int, rows: range | None = None) -> PackedLayer:
         """The storage of one layer, as the operators take it, of all sequences or of a range.

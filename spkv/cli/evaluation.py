@@ -34,8 +34,8 @@ def evaluate(
     policies: Annotated[
         str,
         typer.Option(
-            help="Rows of the result: dense, spkv, streaming, random, h2o, expected-attention, snapkv, tova, keydiff, "
-            "or NAME=PATH of another adapter or model."
+            help="Rows of the result: dense, spkv, streaming, random; h2o, expected-attention, snapkv, tova, keydiff, "
+            "each with +recent, +half and +heads if wanted; or NAME=PATH of another adapter or model."
         ),
     ] = "dense,spkv,streaming,random",
     thresholds: Annotated[str, typer.Option(help="Of policy spkv, with commas.")] = "0.5",
@@ -71,14 +71,15 @@ def evaluate(
     A row for each task, length and policy. dense keeps every pair; spkv prunes at each threshold, or by the model's
     static layout; streaming keeps 4 sinks and the window; random has the density of spkv. h2o, expected-attention,
     snapkv, tova and keydiff run through kvpress (pip install "spkv[baselines]"): they prune a context once it is read,
-    to the kept_fraction of spkv, and their loss is that of the 128 tokens after it. Sequences longer than the model's
-    positions are read in windows.
+    to the kept_fraction of spkv, and their loss is that of the 128 tokens after it. With +recent the last 128 tokens
+    are among those kept, with +half the last tokens are half of those; with +heads the heads of a layer share what is kept by
+    their scores (AdaKV). Sequences longer than the model's positions are read in windows.
 
     \b
     Example:
       spkv eval smollm2 --task nll --data valid.jsonl --sequence-length 4096 --thresholds 0.3,0.5,0.7
       spkv eval smollm2 --task niah --sequence-length 2048,4096 --limit 22 --output results
-      spkv eval my-model-spkv --data valid.jsonl --policies dense,spkv,h2o,snapkv,twin=my-twin --output results
+      spkv eval my-model-spkv --data valid.jsonl --policies dense,spkv,snapkv+heads,twin=my-twin --output results
     """
     with working() as progress:
         import spkv

@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from spkv.config import CONFIG_FILE, check_threshold
-from spkv.evals.presses import PRESSES
+from spkv.evals.presses import PRESSES, Press, is_press, room_for_press
 from spkv.gates import Gate, RandomGate, SinkGate, ThresholdGate
 from spkv.hf.attach import attachment, dense, find_attachment
 
@@ -31,7 +31,7 @@ class Policy:
         threshold: for the row; None where there is none.
         match_threshold: the threshold of `spkv` whose memory the policy takes: its density for a random gate, its
             kept_fraction for a press.
-        press: a method out of `spkv.evals.presses`, which prunes once, when the context has been read.
+        press: a method of `spkv.evals.presses` with its settings, which prunes once, when the context has been read.
         model: path or name of the model that it runs on, if that is not the evaluated one.
     """
 
@@ -90,8 +90,8 @@ def make_policies(
     """Make the policies called `names`: `spkv` at each threshold, others once, or once for each matched threshold.
 
     Args:
-        names: out of `POLICIES`, or `NAME=PATH` for another self-pruned model or adapter, at each threshold, or
-            another plain model, which runs dense.
+        names: out of `POLICIES`; a press may be followed by settings, such as `h2o+half+heads`. Or `NAME=PATH` for
+            another self-pruned model or adapter, at each threshold, or another plain model, which runs dense.
         thresholds: of `spkv`, each in (0, 1).
         stored_threshold: the model's own.
         match_thresholds: whose memory `random` and the presses take, out of `thresholds`; None takes the stored
@@ -105,17 +105,20 @@ def make_policies(
     """
     names, thresholds = list(dict.fromkeys(names)), list(dict.fromkeys(thresholds))
     others = dict(name.split("=", 1) for name in names if "=" in name)
-    unknown = [name for name in names if name not in POLICIES and "=" not in name]
+    presses = [name for name in names if is_press(name) and "=" not in name]
+    for name in presses:
+        Press.of(name)
+    unknown = [name for name in names if name not in (*POLICIES, *presses) and "=" not in name]
     if unknown or not names:
         raise ValueError(f"unknown policies {unknown}; known are {', '.join(POLICIES)}, or NAME=PATH")
-    taken = [name for name in others if name in POLICIES or not name]
+    taken = [name for name in others if name in POLICIES or is_press(name) or not name]
     if taken or len(others) != sum("=" in name for name in names):
         raise ValueError(f"NAME=PATH needs a name of its own, not one of {', '.join(POLICIES)}, and each once")
     for threshold in thresholds:
         check_threshold(threshold)
     if "spkv" in names and not thresholds:
         raise ValueError("policy spkv needs at least one threshold")
-    matching = [name for name in names if name == "random" or name in PRESSES]
+    matching = [name for name in names if name == "random" or name in presses]
     if matching and "spkv" not in names:
         measure = "density" if matching == ["random"] else "memory"
         raise ValueError(f"policy {matching[0]} takes its {measure} from policy spkv, which is not among the policies")
@@ -131,7 +134,7 @@ def make_policies(
         "spkv": [Policy("spkv", ThresholdGate(t), threshold=t) for t in thresholds],
         "streaming": [Policy("streaming", SinkGate())],
         "random": [Policy("random", match_threshold=t) for t in matched],
-        **{name: [Policy(name, match_threshold=t, press=name, model=reference) for t in matched] for name in PRESSES},
+        **{name: [Policy(name, match_threshold=t, press=name, model=reference) for t in matched] for name in presses},
     }
     for name, path in others.items():
         made[f"{name}={path}"] = _of_another_model(name, path, thresholds)
@@ -139,9 +142,12 @@ def make_policies(
 
 
 @contextlib.contextmanager
-def in_force(model: PreTrainedModel, gate: Gate | None) -> Iterator[None]:
-    """Run a model under a gate, or densely if it is None."""
-    if gate is not None:
+def in_force(model: PreTrainedModel, gate: Gate | None, press: str | None = None) -> Iterator[None]:
+    """Run a model under a gate, or densely if it is None, or as what a press keeps needs it."""
+    if press is not None:
+        with room_for_press(press, model):
+            yield
+    elif gate is not None:
         with attachment(model).using(gate):
             yield
     elif find_attachment(model) is not None:

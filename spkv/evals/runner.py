@@ -172,7 +172,7 @@ def _run(
         # A batch is measured as a whole, so that going on rounds as an evaluation in one go does.
         if not all(index in records.done(key) for index in batch):
             started = time.perf_counter()
-            with in_force(model, policy.gate_for(matched)):
+            with in_force(model, policy.gate_for(matched), policy.press):
                 measured = job.run(
                     model, batch, chunk_size=chunk_size, press=policy.press, kept_fraction=matched, oracle=oracle
                 )

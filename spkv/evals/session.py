@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from spkv.evals.presses import Kept
 from spkv.hf.attach import find_attachment
 from spkv.hf.cache import SPKVCache
 from spkv.hf.generation import CHUNK_SIZE, CacheSize, Reading, cache_size, decode
 
-Press = AbstractContextManager[Any]
-"""Inside it, a forward pass over a whole context leaves a pruned cache."""
+Pressing = AbstractContextManager[Kept]
+"""Inside it, a forward pass over a whole context leaves a pruned cache, or a whole one and what each head keeps."""
 
 
 class Session:
@@ -56,10 +57,12 @@ class Session:
         self._columns = 0  # of the cache's mask
         self._pending: list[list[int]] = []  # the last token of each answer, which no pass has read yet
         self._logits: Tensor | None = None  # [B, V], of the token after what was read
-        self._dropped: list[int] | None = None  # pairs of each head that a press took out of each context
+        self._dropped: list[int] | None = None  # pairs of each head that a press cut out of each context
 
     @torch.no_grad()
-    def read(self, texts: Sequence[Sequence[int]], *, losses: bool = False, press: Press | None = None) -> list[Tensor]:
+    def read(
+        self, texts: Sequence[Sequence[int]], *, losses: bool = False, press: Pressing | None = None
+    ) -> list[Tensor]:
         """Read the next piece of every text.
 
         Args:
@@ -146,7 +149,8 @@ class Session:
             seen = (packed.seen.double().sum(0) * heads).tolist()
             return [
                 CacheSize(
-                    density=inside / outside if outside else None,
+                    # A press knows no window, so its density would say nothing.
+                    density=inside / outside if outside and self._dropped is None else None,
                     kept_fraction=(inside + total - outside) / total,
                     kv_bytes=whole.kv_bytes // B,
                     dense_kv_bytes=int(whole.dense_kv_bytes * total / sum(seen)),
@@ -157,7 +161,6 @@ class Session:
         dropped = self._dropped or [0] * B
         return [
             CacheSize(
-                # A press knows no window, so its density would say nothing.
                 density=1.0 if self._dropped is None else None,
                 kept_fraction=(seen_tokens - gone) / seen_tokens,
                 kv_bytes=int(pair_bytes * (seen_tokens - gone)),
@@ -166,10 +169,10 @@ class Session:
             for seen_tokens, gone in zip(self.lengths, dropped, strict=True)
         ]
 
-    def _read_pruned(self, texts: Sequence[Sequence[int]], press: Press) -> None:
+    def _read_pruned(self, texts: Sequence[Sequence[int]], press: Pressing) -> None:
         """Read each text by itself, since kvpress takes no padding; put the pruned caches side by side."""
-        caches, logits = [], []
-        with press:
+        caches, logits, kept = [], [], []
+        with press as kept_by_layer:
             for text in texts:
                 ids = torch.tensor([list(text)], device=self.model.device)
                 caches.append(DynamicCache(config=self.model.config))
@@ -177,18 +180,26 @@ class Session:
                 position = torch.arange(len(text), device=ids.device)
                 read = self.model(ids, past_key_values=caches[-1], cache_position=position, logits_to_keep=1)
                 logits.append(read.logits[:, -1])
-        held = [cache.get_seq_length() for cache in caches]
-        self._columns = max(held)
+                kept.append(dict(kept_by_layer))
+        columns = [cache.get_seq_length() for cache in caches]
+        self._columns = max(columns)
+        if min(columns) < self._columns:
+            column = torch.arange(self._columns, device=self.model.device)
+            self._valid = column >= self._columns - torch.tensor(columns, device=column.device)[:, None]
         for index in range(len(caches[0])):
             layers: list[Any] = [cache.layers[index] for cache in caches]
             keys = torch.cat([_pad_left(layer.keys, self._columns) for layer in layers])
             values = torch.cat([_pad_left(layer.values, self._columns) for layer in layers])
-            self.cache.update(keys, values, index)
-        if min(held) < self._columns:
-            column = torch.arange(self._columns, device=self.model.device)
-            self._valid = column >= self._columns - torch.tensor(held, device=column.device)[:, None]
+            if not kept[0]:
+                self.cache.update(keys, values, index)
+                continue
+            if not isinstance(self.cache, SPKVCache):
+                raise ValueError("heads that keep different pairs need room_for_press around the session")
+            keep = torch.cat([_pad_left(of_text[index][..., None], self._columns) for of_text in kept])[..., 0]
+            group = self.model.config.get_text_config().num_attention_heads // keys.shape[1]
+            self.cache.append(index, keys, values, keep, self._valid, group=group)
         self.lengths = [len(text) for text in texts]
-        self._dropped = [length - left for length, left in zip(self.lengths, held, strict=True)]
+        self._dropped = [length - left for length, left in zip(self.lengths, columns, strict=True)]
         self._logits = torch.cat(logits)
 
     def _forward(self, ids: Tensor, valid: Tensor, *, keep_logits: bool) -> Tensor:

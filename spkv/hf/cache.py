@@ -122,6 +122,13 @@ class SPKVCache(Cache):
         own.pending = False
         return self.packed.attend(self._slot[layer], *args, **kwargs)
 
+    def append(self, layer: int, key: Tensor, *args: Any, **kwargs: Any) -> None:
+        """`PackedCache.append`, with the model's layer index."""
+        own: Any = self.layers[layer]
+        own.is_initialized = True
+        own.columns += key.shape[2]
+        self.packed.append(self._slot[layer], key, *args, **kwargs)
+
     @contextlib.contextmanager
     def stepping(self, active: Tensor) -> Iterator[None]:
         """Run a pass of single tokens that the device alone counts, as it will be replayed from a CUDA graph.

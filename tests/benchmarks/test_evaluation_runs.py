@@ -89,3 +89,20 @@ def test_a_text_needs_a_name(tmp_path, capsys):
     with pytest.raises(SystemExit):
         evaluation_runs.main(arguments(tmp_path, "--text", "books=other.txt"))
     assert "two --text have one name" in capsys.readouterr().err
+
+
+def test_losses_and_answers_run_by_themselves_under_policies_with_settings(ran, tmp_path):
+    evaluation_runs.main(arguments(tmp_path, "--gpus", "0", "--only", "losses", "--policies", "spkv", "keydiff+heads"))
+    assert [name for name, _, _ in ran] == ["books-64"]
+    assert "spkv,keydiff+heads,twin=" in " ".join(ran[0][2])
+    ran.clear()
+    evaluation_runs.main([*arguments(tmp_path, "--gpus", "0", "--only", "answers"), "--output", str(tmp_path / "more")])
+    assert len(ran) == 13
+    assert "books-64" not in {name for name, _, _ in ran}
+
+
+def test_policies_are_checked_before_anything_runs(ran, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        evaluation_runs.main(arguments(tmp_path, "--policies", "spkv", "keydiff+hads"))
+    assert "keydiff takes the settings +recent, +half, +heads" in capsys.readouterr().err
+    assert ran == []

@@ -163,6 +163,29 @@ def test_asking_ahead_changes_nothing(data, page_dtype):
     assert caches[0].pages_in_use() == caches[1].pages_in_use()
 
 
+@pytest.mark.parametrize("counts", [(40, 40), (40, 23)])
+def test_pairs_made_elsewhere_are_held_as_if_attended(counts):
+    text = Text(layers=2, B=2, Hkv=2, group=3, T=50, density=0.4)
+    attended, appended = (PackedCache(2, 2, window=5, page_size=4) for _ in range(2))
+    run(attended, text, [counts])
+    valid = torch.arange(40) >= 40 - torch.tensor(counts)[:, None]
+    padded = [torch.zeros_like(t[:, :, :, :40]) for t in (text.key, text.value, text.keep)]
+    for b, n in enumerate(counts):
+        for to, source in zip(padded, (text.key, text.value, text.keep), strict=True):
+            to[:, b, :, 40 - n :] = source[:, b, :, :n]
+    for layer in range(2):
+        appended.append(layer, *(t[layer] for t in padded), valid, group=3)
+    assert torch.equal(appended.kept, attended.kept)
+    assert torch.equal(appended.seen, attended.seen)
+    poison(appended)
+    for b, n in enumerate(counts):
+        following = (t.unsqueeze(0) for t in text.chunk(1, b, slice(n, n + 3)))
+        out = appended.attend(1, *following, sequences=slice(b, b + 1), scale=0.5)
+        torch.testing.assert_close(out[0], oracle(text, 1, b, 5)[:, n : n + 3])
+    with pytest.raises(ValueError, match="holds 2 sequences of 2 KV heads, but was given 1 of 2"):
+        appended.append(0, *(t[0, :1] for t in padded))
+
+
 @pytest.mark.parametrize("other", ["keep", "layer", "later"])
 def test_an_answer_to_another_question_is_not_used(other):
     text = Text(2, 1, 2, 1, 60, 0.5)
