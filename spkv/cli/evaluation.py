@@ -72,8 +72,8 @@ def evaluate(
     static layout; streaming keeps 4 sinks and the window; random has the density of spkv. h2o, expected-attention,
     snapkv, tova and keydiff run through kvpress (pip install "spkv[baselines]"): they prune a context once it is read,
     to the kept_fraction of spkv, and their loss is that of the 128 tokens after it. With +recent the last 128 tokens
-    are among those kept, with +half the last tokens are half of those; with +heads the heads of a layer share what is kept by
-    their scores (AdaKV). Sequences longer than the model's positions are read in windows.
+    are among those kept, with +half the last tokens are half of those; with +heads the heads of a layer share what is
+    kept by their scores (AdaKV). Sequences longer than the model's positions are read in windows.
 
     \b
     Example:
