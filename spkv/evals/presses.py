@@ -34,7 +34,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from spkv.config import SPKVConfig
 from spkv.gates import OpenGate
-from spkv.hf.attach import attach, dense, detach, find_attachment
+from spkv.hf.attach import attach, attachment, dense, detach, find_attachment
 from spkv.hf.families import find_decoder
 
 PRESSES: dict[str, str] = {
@@ -135,22 +135,21 @@ def room_for_press(name: str, model: PreTrainedModel) -> Iterator[None]:
     if not Press.of(name).heads:
         with contextlib.nullcontext() if found is None else dense(model):
             yield
-    elif found is None:
+        return
+    if found is None:
         decoder = find_decoder(model)
         everything = tuple(range(decoder.kv_heads))
-        attach(model, SPKVConfig(window=1, layout=(everything,) * len(list(decoder.attentions))))
-        try:
+        attach(model, SPKVConfig(layout=(everything,) * len(list(decoder.attentions))))
+    own = attachment(model)
+    before = own.config, own.page_dtype
+    own.config, own.page_dtype = dataclasses.replace(own.config, window=1, page_dtype=None), None
+    try:
+        with own.using(OpenGate()):
             yield
-        finally:
+    finally:
+        own.config, own.page_dtype = before
+        if found is None:
             detach(model)
-    else:
-        before = found.config, found.page_dtype
-        found.config, found.page_dtype = dataclasses.replace(found.config, window=1, page_dtype=None), None
-        try:
-            with found.using(OpenGate()):
-                yield
-        finally:
-            found.config, found.page_dtype = before
 
 
 @contextlib.contextmanager
