@@ -59,7 +59,7 @@ class BatchBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         """Single tokens, if the kernels can run them: these wait for nothing, and the operators' definitions do."""
         heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
         group, place = heads // kv_cache_spec.num_kv_heads, torch.device(versions.device_type())
-        refused = limits.model(kv_cache_spec.head_size, group, kv_cache_spec.dtype, place, prefill=False)
+        refused = limits.model(kv_cache_spec.head_size, group, kv_cache_spec.dtype, place)
         return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE if refused is None else AttentionCGSupport.NEVER
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Batch:

@@ -335,6 +335,15 @@ def test_a_head_too_large_is_named():
         pruned_prefill(tensor, tensor, tensor, keep, window=2, scale=1.0)
 
 
+@pytest.mark.parametrize("D", [64, 128, 256])
+def test_tiles_for_other_gpus(monkeypatch, D):
+    monkeypatch.setattr(prefill, "is_tuned_for", lambda device: False)
+    tile = prefill.choose_tile(torch.empty(1, D, dtype=torch.bfloat16))
+    dtype = torch.float16
+    past = fill([[60]], B=1, Hkv=1, D=D, window=9, P=16, density="skewed", dtype=dtype)
+    check(*draw_chunk(1, 1, 4, 70, D, "skewed", dtype), tile=tile, window=9, scale=D**-0.5, past=past)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="at these sizes the interpreter takes hours")
 @pytest.mark.parametrize("dtype", DTYPES)

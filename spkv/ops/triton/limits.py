@@ -16,24 +16,23 @@ from torch import Tensor
 from spkv.ops.packed import PackedLayer
 
 MAX_HEAD_SIZE = 256
-# What a program gets on the GPU that the tiles of `gated_attention` and `pruned_prefill` were chosen for, an H100.
-_TUNED_SHARED_MEMORY = 227 * 1024
-_DECODE_SHARED_MEMORY = 96 * 1024
-_CODED_DECODE_SHARED_MEMORY = 112 * 1024
+# Tiles of `gated_attention` and `pruned_prefill` were chosen on GPUs of this compute capability, H100 and H200. Others
+# get portable ones, which fit, as those of `packed_decode` do, into what A100, RTX 30 and all since give a program.
+_TUNED_FOR = 9
+_SHARED_MEMORY = 99 * 1024
 _MOST_QUERIES_OF_A_CHAIN = 32
 
 
 def attention(arguments: dict[str, Any]) -> str | None:
     query = arguments["query"]
-    return _needs_triton(query, _TUNED_SHARED_MEMORY) or (None if query.numel() else "it needs a token")
+    return _needs_triton(query, _SHARED_MEMORY) or (None if query.numel() else "it needs a token")
 
 
-def model(head_size: int, group: int, dtype: torch.dtype, device: torch.device, *, prefill: bool = True) -> str | None:
-    """Why the kernels cannot run a model with `group` queries a KV head, or, without `prefill`, its single tokens."""
+def model(head_size: int, group: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the kernels cannot run a model with `group` queries a KV head, or None."""
     if group > _MOST_QUERIES_OF_A_CHAIN:
         return f"they take groups of up to {_MOST_QUERIES_OF_A_CHAIN} queries, not {group}"
-    shared_memory = _TUNED_SHARED_MEMORY if prefill else _DECODE_SHARED_MEMORY
-    return _needs_triton(torch.empty(1, 1, 1, head_size, dtype=dtype, device=device), shared_memory)
+    return _needs_triton(torch.empty(1, 1, 1, head_size, dtype=dtype, device=device), _SHARED_MEMORY)
 
 
 def codec(page_dtype: str | None, head_size: int, device: torch.device) -> str | None:
@@ -55,8 +54,7 @@ def decode(arguments: dict[str, Any]) -> str | None:
     group = query.shape[1] // packed.kv_heads
     if group > _MOST_QUERIES_OF_A_CHAIN:
         return f"it takes groups of up to {_MOST_QUERIES_OF_A_CHAIN} queries, not {group}"
-    shared_memory = _DECODE_SHARED_MEMORY if packed.coded is None else _CODED_DECODE_SHARED_MEMORY
-    return _needs_triton(query, shared_memory) or _wants_gradients(arguments) or _other_layout(packed)
+    return _needs_triton(query, _SHARED_MEMORY) or _wants_gradients(arguments) or _other_layout(packed)
 
 
 def write(arguments: dict[str, Any]) -> str | None:
@@ -85,6 +83,12 @@ def _other_layout(packed: PackedLayer) -> str | None:
     if any(tensor.dtype != torch.int32 for tensor in (packed.table, *lengths)):
         return "it wants table, seen and kept in int32"
     return None
+
+
+@functools.cache
+def is_tuned_for(device: torch.device) -> bool:
+    """Whether a device takes the tiles that were chosen on an H100, as the interpreter does, or portable ones."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == _TUNED_FOR
 
 
 @functools.cache

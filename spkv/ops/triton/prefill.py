@@ -32,7 +32,7 @@ from spkv.ops.packed import PackedLayer
 from spkv.ops.triton import coded
 from spkv.ops.triton.coded import check_int4_tile, load_coded, rounded
 from spkv.ops.triton.launch import INTERPRETED, on_device_of, padded
-from spkv.ops.triton.limits import MAX_HEAD_SIZE
+from spkv.ops.triton.limits import MAX_HEAD_SIZE, is_tuned_for
 from spkv.ops.triton.primitives import LOG2_E, dot, tanh
 
 
@@ -59,6 +59,12 @@ _TILES_FLOAT = {
     64: Tile(64, 32, 8, 3),
     128: Tile(64, 16, 8, 3),
     256: Tile(32, 16, 8, 3),
+}
+# For other GPUs: within 99 KiB of shared memory and, compiled for them, without spills. Not measured on any.
+_TILES_PORTABLE = {
+    64: Tile(128, 64, 8, 2),
+    128: Tile(128, 32, 8, 2),
+    256: Tile(32, 32, 4, 2),
 }
 _COLLECTED = 8192  # elements of keys, and of values, that a program of `_collect` moves: 64 registers a thread
 _MOST_HEADS = 16  # of a group, in one program
@@ -112,11 +118,13 @@ def pruned_prefill(
 
 
 def choose_tile(query: Tensor) -> Tile:
-    """The row of the table for a query's head size and dtype."""
+    """The row of the table for a query's head size, dtype and device."""
     D = query.shape[-1]
     if D > MAX_HEAD_SIZE:
         raise ValueError(f"the Triton kernels take head sizes up to {MAX_HEAD_SIZE}, not {D}")
-    table = _TILES_FLOAT if query.dtype == torch.float32 else _TILES_HALF
+    table = _TILES_HALF if is_tuned_for(query.device) else _TILES_PORTABLE
+    if query.dtype == torch.float32:
+        table = _TILES_FLOAT
     return table[max(64, padded(D))]
 
 
