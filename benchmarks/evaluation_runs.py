@@ -197,7 +197,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--essays", type=Path, help="haystack of all tasks; default: Python's documentation")
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
     parser.add_argument("--only", choices=KINDS, help="default: both")
-    parser.add_argument("--policies", nargs="+", default=list(POLICIES), help="as `spkv eval` takes them")
+    parser.add_argument("--policies", nargs="+", default=list(POLICIES), help="those of `spkv eval`, spaces between")
     parser.add_argument("--thresholds", default="0.5", help="of policy spkv, with commas")
     parser.add_argument("--match-thresholds", help="those whose memory the other methods get; default: all")
     parser.add_argument("--dtype", help="of weights and cache")
@@ -211,6 +211,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         make_policies(options.policies)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
+    if options.only == "losses" and not options.text:
+        parser.error("--only losses needs a --text NAME=FILE")
     if options.at_once < 1:
         parser.error(f"--at-once must be at least 1, not {options.at_once}")
     if len(dict(options.text)) < len(options.text):

@@ -165,13 +165,13 @@ class PackedCache:
             raise
 
     def append(
-        self, layer: int, key: Tensor, value: Tensor, keep: Tensor, valid: Tensor | None = None, *, group: int = 1
+        self, layer: int, key: Tensor, value: Tensor, keep: Tensor, valid: Tensor | None = None, *, group: int
     ) -> None:
         """Write pairs that were made elsewhere: `attend` without queries, for all sequences.
 
         Args:
             layer, key, value, keep, valid: as in `attend`.
-            group: the number of queries of a KV head that will attend, for a cache that is empty.
+            group: the number of queries of a KV head that will attend.
 
         Raises:
             PoolFullError, ValueError, TypeError: as in `attend`.

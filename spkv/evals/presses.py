@@ -7,10 +7,11 @@ text at a time.
 A method's name takes settings, such as `h2o+half` or `expected-attention+recent+heads`, since each is best with others:
 
 - `recent`: the last 128 tokens are kept, of a small budget as many as half of it.
-- `half`: half of what is kept are the last tokens, as H2O has it (arXiv 2306.14048, Section 4).
-- `heads`: heads of a layer share what is kept by their scores, and each keeps a fifth of an equal share at least
-  (AdaKV, arXiv 2407.11550, Algorithm 1). kvpress masks what a head has dropped; here each head holds its own pairs,
-  in the pages of an SPKVCache.
+- `half`: half of what is kept are the last tokens, as in H2O (arXiv 2306.14048), whose scores kvpress averages over
+  later queries where the paper adds them up.
+- `heads`: heads of a layer share what is kept by their scores, and each keeps the best fifth of an equal share at
+  least, as kvpress' AdaKVPress has it (after AdaKV, arXiv 2407.11550). kvpress masks what a head has dropped; here each
+  head holds its own pairs, in the pages of an SPKVCache.
 
 Methods that need weights of their own from a hub are not here.
 
@@ -51,9 +52,7 @@ _NEED_WEIGHTS = ("h2o",)
 _EQUAL_SCORES = ("tova",)
 _SNAPKV_WINDOW = 64  # the queries that it observes; kvpress' default
 _RECENT = 128  # the usual window of self-pruning
-_SAFEGUARD = 0.2  # the share of an equal budget that AdaKV leaves each head
-# What kvpress adds to ExpectedAttention's scores where heads are compared by them.
-_EPSILON_BY_HEAD = 1e-2
+_SAFEGUARD = 0.2  # the share of an equal budget that each head keeps whatever the others score; AdaKVPress' default
 
 Kept = dict[int, Tensor]
 """What the heads of each layer keep of a context, [1, Hkv, T] bool by layer; empty where it was cut out already."""
@@ -91,6 +90,11 @@ class Press:
             raise ValueError(f"policy {name}: {method} gives all heads of a layer one score, so +heads changes nothing")
         return cls(method, *(setting in settings for setting in SETTINGS))
 
+    @property
+    def name(self) -> str:
+        """The one way to write it."""
+        return "+".join([self.method, *(setting for setting in SETTINGS if getattr(self, setting))])
+
 
 def is_press(name: str) -> bool:
     """Whether a policy's name begins with a method's."""
@@ -115,6 +119,8 @@ def check_press(name: str, model: PreTrainedModel | None = None) -> None:
     decoder = find_decoder(model)
     if len(decoder.global_layers) < len(list(decoder.attentions)):
         raise ValueError(f"policy {name}: kvpress would also prune this model's layers with a sliding window")
+    with room_for_press(name, model):
+        pass
 
 
 def check_press_length(name: str, tokens: int) -> None:
@@ -126,10 +132,13 @@ def check_press_length(name: str, tokens: int) -> None:
 
 @contextlib.contextmanager
 def room_for_press(name: str, model: PreTrainedModel) -> Iterator[None]:
-    """Give a model, inside, the attention and the caches that what a method keeps can be asked with.
+    """Inside, a `Session` on this model makes a cache that can hold what the method keeps.
 
-    Its own where all heads keep as many pairs. Where they do not, the attention of an attached model that keeps every
-    pair; its window is the last token, which no method drops.
+    That is the model's own where all heads keep as many pairs. Where they do not, it is an SPKVCache, of a model that
+    is attached for the time, or as it is, and keeps every pair; its window is the last token, which no method drops.
+
+    Raises:
+        ValueError: for a model that cannot be attached, or is inside `spkv.dense`.
     """
     found = find_attachment(model)
     if not Press.of(name).heads:
@@ -141,6 +150,8 @@ def room_for_press(name: str, model: PreTrainedModel) -> Iterator[None]:
         everything = tuple(range(decoder.kv_heads))
         attach(model, SPKVConfig(layout=(everything,) * len(list(decoder.attentions))))
     own = attachment(model)
+    if own.suspended:
+        raise ValueError(f"policy {name} cannot run inside spkv.dense")
     before = own.config, own.page_dtype
     own.config, own.page_dtype = dataclasses.replace(own.config, window=1, page_dtype=None), None
     try:
@@ -208,12 +219,10 @@ def _apply_settings(asked: Press, press: Any, kept: Kept) -> None:
         press.score = score_with_recent
     if asked.heads:
         press.compress = compress
-        if asked.method == "expected-attention":
-            press.epsilon = _EPSILON_BY_HEAD
 
 
 def share_by_score(scores: Tensor, budget: int) -> Tensor:
-    """Let heads share their budgets: the best pairs of all of them, after some of each (AdaKV, arXiv 2407.11550).
+    """Let heads share their budgets: the best pairs of all of them, after some of each, as kvpress' AdaKVPress does.
 
     Args:
         scores: [B, Hkv, T].

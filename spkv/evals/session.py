@@ -170,7 +170,10 @@ class Session:
         ]
 
     def _read_pruned(self, texts: Sequence[Sequence[int]], press: Pressing) -> None:
-        """Read each text by itself, since kvpress takes no padding; put the pruned caches side by side."""
+        """Read each text by itself, since kvpress takes no padding; put the pruned caches side by side.
+
+        With budgets by head the caches stay whole until all texts are read.
+        """
         caches, logits, kept = [], [], []
         with press as kept_by_layer:
             for text in texts:

@@ -124,10 +124,10 @@ class SPKVCache(Cache):
 
     def append(self, layer: int, key: Tensor, *args: Any, **kwargs: Any) -> None:
         """`PackedCache.append`, with the model's layer index."""
+        self.packed.append(self._slot[layer], key, *args, **kwargs)
         own: Any = self.layers[layer]
         own.is_initialized = True
         own.columns += key.shape[2]
-        self.packed.append(self._slot[layer], key, *args, **kwargs)
 
     @contextlib.contextmanager
     def stepping(self, active: Tensor) -> Iterator[None]:

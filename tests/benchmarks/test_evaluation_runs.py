@@ -105,4 +105,7 @@ def test_policies_are_checked_before_anything_runs(ran, tmp_path, capsys):
     with pytest.raises(SystemExit):
         evaluation_runs.main(arguments(tmp_path, "--policies", "spkv", "keydiff+hads"))
     assert "keydiff takes the settings +recent, +half, +heads" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        evaluation_runs.main(f"m --name m --commit c --only losses --output {tmp_path} --json {tmp_path}/f".split())
+    assert "--only losses needs a --text" in capsys.readouterr().err
     assert ran == []

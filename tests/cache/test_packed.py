@@ -183,7 +183,7 @@ def test_pairs_made_elsewhere_are_held_as_if_attended(counts):
         out = appended.attend(1, *following, sequences=slice(b, b + 1), scale=0.5)
         torch.testing.assert_close(out[0], oracle(text, 1, b, 5)[:, n : n + 3])
     with pytest.raises(ValueError, match="holds 2 sequences of 2 KV heads, but was given 1 of 2"):
-        appended.append(0, *(t[0, :1] for t in padded))
+        appended.append(0, *(t[0, :1] for t in padded), group=3)
 
 
 @pytest.mark.parametrize("other", ["keep", "layer", "later"])

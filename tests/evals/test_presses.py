@@ -67,6 +67,8 @@ def test_policies_take_methods_with_settings():
     assert (pressed.name, pressed.press, pressed.match_threshold) == ("h2o+half+heads",) * 2 + (spkv_policy.threshold,)
     with pytest.raises(ValueError, match="each once"):
         make_policies(["spkv", "h2o+hlf"])
+    _, *same = make_policies(["spkv", "h2o+heads+recent", "h2o+recent+heads"])
+    assert [policy.label for policy in same] == ["h2o+recent+heads like 0.5"]
     with pytest.raises(ValueError, match="NAME=PATH needs a name of its own"):
         make_policies(["spkv", "h2o+heads=."])
 
@@ -203,6 +205,38 @@ class TestPresses:
         assert (spkv.hf.attach.find_attachment(model) is not None) == attached
         assert not attached or spkv.attachment(model).config == config
         assert model.config._attn_implementation == ("spkv_sdpa" if attached else "sdpa")
+
+    @pytest.mark.parametrize("attached", [True, False])
+    def test_what_fails_inside_leaves_the_model_as_it_was(self, words_model, attached):
+        model = words_model if attached else spkv.detach(words_model)
+        config = spkv.attachment(model).config if attached else None
+        for outer in (room_for_press("h2o+heads", model), pressing("h2o+heads", model, 0.5)):
+            with pytest.raises(RuntimeError, match="in the middle"), outer:
+                raise RuntimeError("in the middle")
+            assert model.config._attn_implementation == ("spkv_sdpa" if attached else "sdpa")
+            assert not any(hasattr(layer.self_attn, "rotary_emb") for layer in model.model.layers)
+            assert not any(layer.self_attn._forward_hooks for layer in model.model.layers)
+        assert not attached or spkv.attachment(model).config == config
+
+    def test_a_model_that_cannot_be_attached_is_refused_before_work_starts(self, words_model):
+        with spkv.dense(words_model), pytest.raises(ValueError, match="cannot run inside spkv.dense"):
+            check_press("h2o+heads", words_model)
+        plain = spkv.detach(words_model)
+        plain.config.attention_dropout = 0.1
+        with pytest.raises(ValueError, match="attention_dropout is 0.1"):
+            check_press("h2o+heads", plain)
+        check_press("h2o", plain)
+
+    @pytest.mark.parametrize("kept_fraction", [0.03, 0.31, 0.77])
+    def test_all_settings_keep_as_many_pairs(self, words_model, kept_fraction):
+        text = torch.randint(0, 256, (99,)).tolist()
+        found = set()
+        for press in (*EQUAL_HEADS, *BY_HEAD):
+            with room_for_press(press, words_model):
+                session = Session(words_model)
+                session.read([text], press=pressing(press, words_model, kept_fraction))
+                found.add(round(session.sizes()[0].kept_fraction, 9))
+        assert len(found) == 1
 
     def test_recent_tokens_are_kept_where_that_is_asked_for(self, words_model):
         context = torch.randint(0, 256, (1, 300))
