@@ -99,7 +99,7 @@ class Answers:
         contexts = [self._contexts[i] for i in batch]
         if press is not None:
             assert kept_fraction is not None
-            session.read(contexts, press=pressing(press, model, kept_fraction))
+            session.read(contexts, pressing=pressing(press, model, kept_fraction))
         elif contexts[0]:
             session.read(contexts)
         at_context = session.sizes() if contexts[0] else [None] * len(batch)

@@ -192,7 +192,7 @@ class Losses:
             losses = session.read(context, losses=True)
         else:
             assert kept_fraction is not None
-            session.read(context, press=pressing(press, model, kept_fraction))
+            session.read(context, pressing=pressing(press, model, kept_fraction))
             losses = [ids.new_empty(0, dtype=torch.float32)] * len(ids)
         before = session.sizes()
         losses = [torch.cat(pair) for pair in zip(losses, session.read(rest, losses=True), strict=True)]

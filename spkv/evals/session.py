@@ -61,14 +61,14 @@ class Session:
 
     @torch.no_grad()
     def read(
-        self, texts: Sequence[Sequence[int]], *, losses: bool = False, press: Pressing | None = None
+        self, texts: Sequence[Sequence[int]], *, losses: bool = False, pressing: Pressing | None = None
     ) -> list[Tensor]:
         """Read the next piece of every text.
 
         Args:
             texts: [B] token ids, none of them empty.
             losses: also return the cross-entropy (nats) of every token that a token stands before.
-            press: reads each text in one pass of its own, inside this; for the first piece of every text.
+            pressing: reads each text in one pass of its own, inside this; for the first piece of every text.
 
         Returns:
             A float32 tensor for each text, [tokens], or one less for the first piece; empty without `losses`.
@@ -78,10 +78,10 @@ class Session:
         if not self.lengths:
             self.lengths = [0] * len(texts)
             self._pending = [[] for _ in texts]
-        if press is not None:
+        if pressing is not None:
             if losses or self._columns:
                 raise ValueError("a press reads the first piece of every text, and computes no losses")
-            self._read_pruned(texts, press)
+            self._read_pruned(texts, pressing)
             return []
         T = max(map(len, texts))
         ids = torch.tensor([[0] * (T - len(text)) + list(text) for text in texts], device=self.model.device)
@@ -169,13 +169,13 @@ class Session:
             for seen_tokens, gone in zip(self.lengths, dropped, strict=True)
         ]
 
-    def _read_pruned(self, texts: Sequence[Sequence[int]], press: Pressing) -> None:
+    def _read_pruned(self, texts: Sequence[Sequence[int]], pressing: Pressing) -> None:
         """Read each text by itself, since kvpress takes no padding; put the pruned caches side by side.
 
         With budgets by head the caches stay whole until all texts are read.
         """
         caches, logits, kept = [], [], []
-        with press as kept_by_layer:
+        with pressing as kept_by_layer:
             for text in texts:
                 ids = torch.tensor([list(text)], device=self.model.device)
                 caches.append(DynamicCache(config=self.model.config))

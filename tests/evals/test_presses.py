@@ -125,7 +125,7 @@ class TestPresses:
         with spkv.dense(words_model):
             before = {name for name, _ in words_model.named_modules()}
             session = Session(words_model)
-            session.read([ids], press=pressing(press, words_model, 0.4))
+            session.read([ids], pressing=pressing(press, words_model, 0.4))
             assert session.cache.get_seq_length() == 40
             assert session.sizes()[0].kept_fraction == pytest.approx(0.4)
             session.answer([[1, 2, 3]], 5)
@@ -142,7 +142,7 @@ class TestPresses:
         context, prompt = torch.randint(0, 256, (1, 100)), torch.randint(0, 256, (1, 6))
         with spkv.dense(words_model), torch.no_grad():
             session = Session(words_model)
-            session.read(context.tolist(), press=pressing(press, words_model, 0.3))
+            session.read(context.tolist(), pressing=pressing(press, words_model, 0.3))
             losses = session.read(prompt.tolist(), losses=True)[0]
             keys, values = (
                 [getattr(layer, n)[:, :, :30] for layer in session.cache.layers] for n in ("keys", "values")
@@ -161,12 +161,12 @@ class TestPresses:
         prompts, follow = [[1, 2, 3], [6], [10, 11]], [[4, 5, 6, 7], [7, 8], [12, 13, 14]]
         with room_for_press(press, words_model):
             together = Session(words_model)
-            together.read(texts, press=pressing(press, words_model, 0.4))
+            together.read(texts, pressing=pressing(press, words_model, 0.4))
             losses = together.read(follow, losses=True)
             answers = together.answer(prompts, 6)
             for place, text in enumerate(texts):
                 alone = Session(words_model)
-                alone.read([text], press=pressing(press, words_model, 0.4))
+                alone.read([text], pressing=pressing(press, words_model, 0.4))
                 (expected,) = alone.read([follow[place]], losses=True)
                 torch.testing.assert_close(losses[place], expected, rtol=1e-4, atol=1e-5)
                 assert len(expected) == len(follow[place])  # the first token's, too
@@ -193,7 +193,7 @@ class TestPresses:
         expected = torch.nn.functional.cross_entropy(logits[0, :-1], prompt[0, 1:], reduction="none")
         with room_for_press(press, model):
             session = Session(model)
-            session.read(context.tolist(), press=pressing(press, model, 0.3))
+            session.read(context.tolist(), pressing=pressing(press, model, 0.3))
             (before,) = session.sizes()
             losses = session.read(prompt.tolist(), losses=True)[0]
             (after,) = session.sizes()
@@ -234,7 +234,7 @@ class TestPresses:
         for press in (*EQUAL_HEADS, *BY_HEAD):
             with room_for_press(press, words_model):
                 session = Session(words_model)
-                session.read([text], press=pressing(press, words_model, kept_fraction))
+                session.read([text], pressing=pressing(press, words_model, kept_fraction))
                 found.add(round(session.sizes()[0].kept_fraction, 9))
         assert len(found) == 1
 

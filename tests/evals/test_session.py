@@ -86,4 +86,4 @@ def test_what_cannot_be_read_is_named(model, texts):
     with spkv.attachment(model).using(SoftGate()), pytest.raises(ValueError, match="put a hard gate in force"):
         Session(model)
     with pytest.raises(ValueError, match="a press reads the first piece of every text, and computes no losses"):
-        Session(model).read(texts, press=contextlib.nullcontext(), losses=True)
+        Session(model).read(texts, pressing=contextlib.nullcontext(), losses=True)
