@@ -103,10 +103,10 @@ def make_policies(
         FileNotFoundError: for a PATH that does not exist.
         ValueError: for an unknown name, a threshold outside (0, 1), or policies that match `spkv` without it.
     """
-    names = [Press.of(name).name if is_press(name) and "=" not in name else name for name in names]
+    names = [Press.of(name).name if is_press(name) else name for name in names]
     names, thresholds = list(dict.fromkeys(names)), list(dict.fromkeys(thresholds))
     others = dict(name.split("=", 1) for name in names if "=" in name)
-    presses = [name for name in names if is_press(name) and "=" not in name]
+    presses = [name for name in names if is_press(name)]
     unknown = [name for name in names if name not in (*POLICIES, *presses) and "=" not in name]
     if unknown or not names:
         raise ValueError(f"unknown policies {unknown}; known are {', '.join(POLICIES)}, or NAME=PATH")

@@ -97,8 +97,8 @@ class Press:
 
 
 def is_press(name: str) -> bool:
-    """Whether a policy's name begins with a method's."""
-    return name.split("+")[0] in PRESSES
+    """Whether a policy's name is a method's, with settings or without."""
+    return "=" not in name and name.split("+")[0] in PRESSES
 
 
 def check_press(name: str, model: PreTrainedModel | None = None) -> None:

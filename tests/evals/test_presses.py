@@ -101,13 +101,14 @@ def _masking(model, kept):
         out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scaling)
         return out.transpose(1, 2), None
 
-    AttentionInterface.register("masked_by_head", attention)
+    ALL_ATTENTION_FUNCTIONS["masked_by_head"] = attention
     with spkv.dense(model) if spkv.hf.attach.find_attachment(model) else contextlib.nullcontext():
         model.set_attn_implementation("masked_by_head")
         try:
             yield
         finally:
             model.set_attn_implementation("sdpa")
+            del ALL_ATTENTION_FUNCTIONS["masked_by_head"]
 
 
 @pytest.mark.usefixtures("kvpress")
@@ -195,9 +196,10 @@ class TestPresses:
             session = Session(model)
             session.read(context.tolist(), pressing=pressing(press, model, 0.3))
             (before,) = session.sizes()
+            held = session.cache.packed.kept_pairs()[:, 0] + 1  # the last token is in the window
+            assert torch.equal(held, torch.stack([keep[0].sum(-1) for keep in kept.values()]))
             losses = session.read(prompt.tolist(), losses=True)[0]
             (after,) = session.sizes()
-            session.cache.packed.kept_pairs()
         torch.testing.assert_close(losses[1:], expected, rtol=1e-4, atol=1e-5)
         assert (before.kept_fraction, after.kept_fraction) == (pytest.approx(0.3), pytest.approx(36 / 106))
         assert before.density is None

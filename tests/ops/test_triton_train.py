@@ -315,10 +315,7 @@ def test_tiles_for_other_gpus(monkeypatch, D):
     monkeypatch.setattr(train, "is_tuned_for", lambda device: False)
     tiles = train._choose_tiles(torch.empty(1, D, dtype=torch.bfloat16))
     assert not any(tile.described for tile in tiles)
-    case = Case(1, 1, 2, 150, D, window=20, segments=torch.arange(150) // 90)
-    case.check(torch.float16, tiles)
-    if torch.cuda.is_available() and not INTERPRETED:
-        Case(2, 2, 3, 1100, D, window=128, softcap=5.0).check(torch.bfloat16, tiles)
+    Case(1, 1, 2, 150, D, window=20, segments=torch.arange(150) // 90).check(torch.float16, tiles)
 
 
 @pytest.mark.gpu

@@ -60,7 +60,7 @@ _TILES_FLOAT = {
     128: Tile(64, 16, 8, 3),
     256: Tile(32, 16, 8, 3),
 }
-# For other GPUs: within 99 KiB of shared memory and, compiled for them, without spills. Not measured on any.
+# For other GPUs: within 99 KiB of shared memory and, compiled for them, almost without spills. Not measured on any.
 _TILES_PORTABLE = {
     64: Tile(128, 64, 8, 2),
     128: Tile(128, 32, 8, 2),
@@ -122,9 +122,8 @@ def choose_tile(query: Tensor) -> Tile:
     D = query.shape[-1]
     if D > MAX_HEAD_SIZE:
         raise ValueError(f"the Triton kernels take head sizes up to {MAX_HEAD_SIZE}, not {D}")
-    table = _TILES_HALF if is_tuned_for(query.device) else _TILES_PORTABLE
-    if query.dtype == torch.float32:
-        table = _TILES_FLOAT
+    half = _TILES_HALF if is_tuned_for(query.device) else _TILES_PORTABLE
+    table = _TILES_FLOAT if query.dtype == torch.float32 else half
     return table[max(64, padded(D))]
 
 

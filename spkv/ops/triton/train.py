@@ -485,9 +485,8 @@ def _choose_tiles(query: Tensor) -> Tiles:
     D = query.shape[-1]
     if D > MAX_HEAD_SIZE:
         raise ValueError(f"the Triton kernels take head sizes up to {MAX_HEAD_SIZE}, not {D}")
-    table = _TILES_HALF if is_tuned_for(query.device) else _TILES_PORTABLE
-    if query.dtype == torch.float32:
-        table = _TILES_FLOAT
+    half = _TILES_HALF if is_tuned_for(query.device) else _TILES_PORTABLE
+    table = _TILES_FLOAT if query.dtype == torch.float32 else half
     tiles = table[max(64, padded(D))]
     if D * query.element_size() % 16:
         return Tiles(*(tile._replace(described=False) for tile in tiles))
