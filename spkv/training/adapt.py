@@ -240,13 +240,8 @@ def adapt(
         result = trainer.evaluate_rows(held_out)
         summary |= {"validation_loss": result.loss, "validation_tokens": result.tokens}
         before = summary.get("base_validation_loss", math.inf)
-        if result.loss > _TOLERATED_RISE * before and not recipe.freeze_model and args.should_save:
-            logger.warning(
-                "the held-out loss rose from %.4f to %.4f: the learning rate may be too high for this model%s",
-                before,
-                result.loss,
-                "" if recipe.is_control else "; if the recipe dense-control does not raise it, pruning does",
-            )
+        if result.loss > _TOLERATED_RISE * before and args.should_save:
+            logger.warning("the held-out loss rose from %.4f to %.4f: %s", before, result.loss, _cause_of_rise(recipe))
         if recipe.gates:
             densities = {str(layer): heads for layer, heads in result.densities.items()}
             summary |= {"density": result.density, "densities": densities}
@@ -307,6 +302,13 @@ def training_arguments(
     if args.n_gpu > 1:
         args._n_gpu = 1
     return args
+
+
+def _cause_of_rise(recipe: Recipe) -> str:
+    if recipe.freeze_model:
+        return "the frozen model misses what is dropped; a lower threshold or a target nearer to 1 may keep it"
+    cause = "the learning rate may be too high for this model"
+    return cause if recipe.is_control else f"{cause}; if the recipe dense-control does not raise it, pruning does"
 
 
 def _computes_in_bfloat16() -> bool:

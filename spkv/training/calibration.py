@@ -3,6 +3,7 @@
 The controller of the regulariser steers density while gates are soft, and it moves on as they become hard. What is
 left is a small miss, by which this moves the cut through the utilities: a threshold other than the configured one,
 folded into the biases so that the threshold stays. A large miss is a run that did not work, and is left to be seen.
+So is a loss far above that with all gates open: what a model read through half-open gates, hard ones may drop.
 
 Legend: z = logit of a utility.
 """
@@ -29,6 +30,7 @@ _LARGEST, _BINS_OF_ONE = 20.0, 200
 _PASSES = 4  # each shift changes what the layers above see
 _CLOSE = 1.01  # times the target, or that much below it
 _SMALL_MISS = 1.25
+_SMALL_COST = 1.05  # times the loss with all gates open
 
 
 @dataclass(frozen=True)
@@ -39,18 +41,23 @@ class Calibration:
         shift: added to the predictors' biases, in logits.
         density_before: on the rows it was done on.
         density: after it.
+        loss: on the same rows, after it, nats.
+        open_loss: the same with all gates open.
     """
 
     shift: float
     density_before: float
     density: float
+    loss: float
+    open_loss: float
 
 
 @torch.no_grad()
 def calibrate(model: nn.Module, rows: Dataset[dict[str, Tensor]], accelerator: Any, target: float) -> Calibration:
     """Shift the biases of all predictors, in place, so that hard gates keep the share `target` of `rows`.
 
-    A density further than a factor of 1.25 from the target is left as it is, with a warning.
+    A density further than a factor of 1.25 from the target is left as it is, with a warning. A loss more than 5 %
+    above that with all gates open is one, too.
 
     Args:
         model: an attached model, on the accelerator's device; not sharded.
@@ -61,7 +68,8 @@ def calibrate(model: nn.Module, rows: Dataset[dict[str, Tensor]], accelerator: A
     found = attachment(model)
     threshold = found.config.threshold
     cut = math.log(threshold / (1.0 - threshold))
-    densities: dict[float, float] = {}  # by shift
+    densities: dict[float, float] = {}  # by shift, as are losses
+    losses: dict[float, float] = {}
     shift = 0.0
 
     def move(to: float) -> None:
@@ -73,7 +81,8 @@ def calibrate(model: nn.Module, rows: Dataset[dict[str, Tensor]], accelerator: A
 
     for last in (False,) * (_PASSES - 1) + (True,):
         histogram = torch.zeros(int(2 * _LARGEST * _BINS_OF_ONE), dtype=torch.float64, device=accelerator.device)
-        densities[shift] = evaluate_rows(model, rows, accelerator, observe=functools.partial(_count, histogram)).density
+        result = evaluate_rows(model, rows, accelerator, observe=functools.partial(_count, histogram))
+        densities[shift], losses[shift] = result.density, result.loss
         if len(densities) == 1 and miss(0.0) > math.log(_SMALL_MISS):
             logger.warning(
                 "the density is %.3f and %g was asked for, which is too far off to be mended in the end: train on "
@@ -91,7 +100,16 @@ def calibrate(model: nn.Module, rows: Dataset[dict[str, Tensor]], accelerator: A
     # Where many utilities are equal, a shift may miss by more than none.
     best = min(densities, key=miss)
     move(best)
-    return Calibration(best, densities[0.0], densities[best])
+    open_loss = evaluate_rows(model, rows, accelerator, open_gates=True).loss
+    if losses[best] > _SMALL_COST * open_loss:
+        logger.warning(
+            "at threshold %g the loss on training rows is %.4f, with all gates open %.4f: the model misses what is "
+            "dropped; a lower threshold may keep it, as may more training or a target nearer to 1",
+            threshold,
+            losses[best],
+            open_loss,
+        )
+    return Calibration(best, densities[0.0], densities[best], losses[best], open_loss)
 
 
 def _count(histogram: Tensor, utility: Tensor) -> None:

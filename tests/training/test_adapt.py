@@ -120,6 +120,12 @@ def test_a_loss_that_rose_is_worth_a_warning(run, recipe_of, text_file, caplog) 
     assert "the held-out loss rose" in caplog.text
 
 
+def test_a_frozen_model_whose_loss_rose_is_told_why(run, recipe_of, text_file, caplog, monkeypatch) -> None:
+    monkeypatch.setattr(sys.modules["spkv.training.adapt"], "_TOLERATED_RISE", 0.5)
+    run(recipe_of("fast-frozen"), validation=[text_file])
+    assert "the frozen model misses what is dropped" in caplog.text
+
+
 def test_the_control_is_an_ordinary_model(run, recipe_of, tmp_path) -> None:
     summary = run(recipe_of("dense-control"))
     assert "density" not in summary

@@ -11,7 +11,8 @@ from accelerate import Accelerator
 import spkv
 from spkv.checkpoint import load_base
 from spkv.hf.attach import attach
-from spkv.training.calibration import Calibration, calibrate
+from spkv.training import calibration
+from spkv.training.calibration import calibrate
 from spkv.training.data import PackedRows
 from spkv.training.evaluation import evaluate_rows
 from spkv.training.tokens import tokenize_files
@@ -41,11 +42,14 @@ def test_the_density_meets_the_target(model, rows, off) -> None:
     target = off * density
     before = {layer: p.down.bias.clone() for layer, p in spkv.attachment(model).predictors.items()}
     done = calibrate(model, rows, accelerator, target)
-    assert done.density == evaluate_rows(model, rows, accelerator).density == pytest.approx(target, abs=CLUMP)
-    assert done.density_before == density
+    found = evaluate_rows(model, rows, accelerator)
+    assert done.density == found.density == pytest.approx(target, abs=CLUMP)
+    assert (done.density_before, done.loss) == (density, found.loss)
+    assert done.open_loss == evaluate_rows(model, rows, accelerator, open_gates=True).loss != done.loss
     for layer, predictor in spkv.attachment(model).predictors.items():
         assert torch.allclose(predictor.down.bias - before[layer], torch.tensor(done.shift), atol=1e-5)
-    assert calibrate(model, rows, accelerator, done.density) == Calibration(0.0, done.density, done.density)
+    again = calibrate(model, rows, accelerator, done.density)
+    assert (again.shift, again.density_before, again.density) == (0.0, done.density, done.density)
 
 
 def test_another_threshold_is_kept(model, rows) -> None:
@@ -58,15 +62,28 @@ def test_another_threshold_is_kept(model, rows) -> None:
 @pytest.mark.parametrize("off", [0.75, 1.3])
 def test_a_run_that_missed_by_far_is_left_and_says_so(model, rows, off, caplog) -> None:
     density = evaluate_rows(model, rows, Accelerator(cpu=True)).density
-    assert calibrate(model, rows, Accelerator(cpu=True), off * density) == Calibration(0.0, density, density)
+    done = calibrate(model, rows, Accelerator(cpu=True), off * density)
+    assert (done.shift, done.density_before, done.density) == (0.0, density, density)
     assert "too far off to be mended in the end: train on more tokens" in caplog.text
+
+
+@pytest.mark.parametrize(("allowed", "told"), [(2.0, False), (0.5, True)])
+def test_a_model_that_misses_what_is_dropped_is_worth_a_warning(
+    model, rows, allowed, told, caplog, monkeypatch
+) -> None:
+    monkeypatch.setattr(calibration, "_SMALL_COST", allowed)
+    density = evaluate_rows(model, rows, Accelerator(cpu=True)).density
+    done = calibrate(model, rows, Accelerator(cpu=True), density)
+    assert (f"the loss on training rows is {done.loss:.4f}" in caplog.text) is told
 
 
 def test_equal_utilities_cannot_be_told_apart_and_are_left(model, rows) -> None:
     for predictor in spkv.attachment(model).predictors.values():
         torch.nn.init.zeros_(predictor.down.weight)
         torch.nn.init.constant_(predictor.down.bias, math.log(3))
-    assert calibrate(model, rows, Accelerator(cpu=True), 0.85) == Calibration(0.0, 1.0, 1.0)
+    done = calibrate(model, rows, Accelerator(cpu=True), 0.85)
+    assert (done.shift, done.density_before, done.density) == (0.0, 1.0, 1.0)
+    assert done.loss == done.open_loss
 
 
 def test_rows_that_never_leave_the_window_change_nothing(model, rows) -> None:
