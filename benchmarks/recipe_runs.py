@@ -40,6 +40,7 @@ _UNUSED_BY_CONTROLS = (
     "anneal_steps",
     "anneal_form",
     "gate_noise",
+    "sinks",
     "regulariser",
     "regulariser_form",
     "freeze_model",

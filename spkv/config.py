@@ -34,7 +34,8 @@ class SPKVConfig:
             them in the model's dtype; a sequence says it for each layer of the model.
         layout: a static layout in place of utilities and predictors: for each layer of the model, the KV heads that
             keep every pair; the others keep their window, and `sinks`. A layer that is local by design has none.
-        sinks: with a layout, positions at the start of a sequence that all heads keep (attention sinks).
+        sinks: positions at the start of a sequence that all heads keep (attention sinks), with a layout or, whatever
+            the predictor makes of them, without.
     """
 
     window: int = 128
@@ -69,8 +70,6 @@ class SPKVConfig:
                 raise ValueError("a static layout has no predictors: layers and layout exclude each other")
         if isinstance(self.sinks, bool) or not isinstance(self.sinks, int) or self.sinks < 0:
             raise ValueError(f"sinks must be a whole number of at least 0, not {self.sinks!r}")
-        if self.sinks and self.layout is None:
-            raise ValueError("sinks belong to a static layout: learned gates decide about first tokens themselves")
 
     def replace(self, **changes: Any) -> SPKVConfig:
         """Return a copy with some fields changed, checked again."""

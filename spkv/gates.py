@@ -25,6 +25,15 @@ _TINY = 1e-30
 _RAREST, _LOUDEST = 1e-6, 6.0
 
 
+def open_sinks(utility: Tensor, position: Tensor, sinks: int) -> Tensor:
+    """Give the first `sinks` positions of each sequence the utility 1, which every gate that asks for it keeps open.
+
+    Attention leans on them (arXiv 2309.17453). A soft gate that is half open there costs a model little, and one that
+    shuts costs it everything.
+    """
+    return utility.masked_fill((position < sinks).unsqueeze(-2), 1.0) if sinks else utility
+
+
 class Gate(ABC):
     """Maps utilities to the additive attention bias of keys that have left the window."""
 

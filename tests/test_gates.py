@@ -15,6 +15,7 @@ from spkv.gates import (
     SinkGate,
     SoftGate,
     ThresholdGate,
+    open_sinks,
 )
 from spkv.predictor import UtilityPredictor
 
@@ -149,6 +150,18 @@ def test_sinks_of_a_layout_are_kept_by_all_heads_of_all_sequences():
     keep = gate.keep(torch.rand(2, 2, 4), layer=0, position=position)
     assert keep[:, 0].all()
     assert keep[:, 1].tolist() == [[True, True, False, False], [False, True, True, False]]
+
+
+def test_sinks_are_open_under_every_gate_that_asks_for_utilities():
+    position = torch.tensor([[0, 1, 2, 3], [3, 0, 1, 2]])
+    utility = open_sinks(torch.full((2, 3, 4), 0.01), position, 2)
+    first = (position < 2)[:, None].expand_as(utility)
+    gates = (SoftGate(), NoisyGate(1.0), AnnealedGate(0.5, 0.3), AnnealedGate(0.5, 0.3, "power"), ThresholdGate(0.999))
+    for gate in gates:
+        bias = gate.log_gate(utility, layer=0, position=position)
+        assert (bias[first] == 0).all()
+        assert (bias[~first] < 0).all()
+    assert open_sinks(utility, position, 0) is utility
 
 
 def test_a_new_predictor_starts_at_its_bias():

@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from spkv.gates import Gate, HardGate, OpenGate, ThresholdGate
+from spkv.gates import Gate, HardGate, OpenGate, ThresholdGate, open_sinks
 from spkv.hf.cache import SPKVCache
 from spkv.ops.attention import gated_attention, pruned_prefill
 from spkv.ops.triton import limits
@@ -255,6 +255,10 @@ def _utility_and_keep(context: ForwardContext, module: Any, hidden_states: Tenso
         utility, keep = predictor.decide(hidden_states, gate.threshold)
     else:
         utility = predictor(hidden_states)
+    sinks = context.attachment.config.sinks
+    utility = open_sinks(utility, context.position, sinks)
+    if keep is not None and sinks:
+        keep = keep | (context.position < sinks).unsqueeze(1)
     if context.record is not None:
         # Not what gradient checkpointing computes again: kept to the end, it would hold the memory that this saves.
         context.record.utilities.setdefault(module.layer_idx, utility)

@@ -16,7 +16,7 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index
 
 from spkv.config import PREDICTOR_FILE, SPKVConfig
-from spkv.gates import HardGate, OpenGate, ThresholdGate
+from spkv.gates import HardGate, OpenGate, ThresholdGate, open_sinks
 from spkv.predictor import UtilityPredictor
 from spkv.serving import settings
 from spkv.serving.adapter import Adapter
@@ -82,6 +82,7 @@ class _Decision:
         self.layer = layer
         self.predictor: UtilityPredictor | None = None
         self.gate: HardGate = OpenGate()
+        self.sinks = config.sinks
         if config.layers is None or self.layer in config.layers:
             self.gate = ThresholdGate(config.threshold)
             self.predictor = UtilityPredictor(
@@ -97,12 +98,13 @@ class _Decision:
         self.own_heads = slice(first, first + attention.num_kv_heads)
 
     def __call__(self, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden_states: Tensor = kwargs["hidden_states"]
+        hidden_states, position = kwargs["hidden_states"], kwargs["positions"]
         if self.predictor is None:
             utility = hidden_states.new_ones(1, attention.num_kv_heads, hidden_states.shape[0])
         else:
             utility = self.predictor(hidden_states.unsqueeze(0))[:, self.own_heads]
-        attention.attn.keep = self.gate.keep(utility, layer=self.layer, position=kwargs["positions"])
+            utility = open_sinks(utility, position.unsqueeze(0), self.sinks)
+        attention.attn.keep = self.gate.keep(utility, layer=self.layer, position=position)
 
 
 class SPKVLlamaForCausalLM(_SelfPruned, LlamaForCausalLM):  # type: ignore[misc]

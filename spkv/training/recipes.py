@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spkv.config import SPKVConfig
-from spkv.gates import ANNEALING, NoisyGate
+from spkv.gates import ANNEALING, SINKS, NoisyGate
 from spkv.training.regularisers import FORMS
 from spkv.training.schedule import Schedule
 
@@ -57,8 +57,8 @@ class Recipe:
         lora_alpha: LoRA's scale is lora_alpha / lora_rank.
         freeze_model: train the predictor alone. Published: it then keeps 82 % of the pairs, where nothing asks for
             less; asked for 0.2, SmolLM2-135M's kept 0.197.
-        layout, sinks: a static layout, as in `SPKVConfig`, that the model is trained with; then there are no gates to
-            learn.
+        layout: a static layout, as in `SPKVConfig`, that the model is trained with; then there are no gates to learn.
+        sinks: as in `SPKVConfig`; predictors then learn nothing about these positions.
     """
 
     name: str
@@ -278,9 +278,11 @@ def fast_frozen() -> Recipe:
     """`fast` for the predictors alone: an adapter, and with all gates open the model is what it was.
 
     Gates are soft to the end: hard ones teach the predictor nothing, and there is nothing else that could get used to
-    them.
+    them. First positions are kept: a model that cannot change misses them most, and with soft gates it shows late.
     """
-    return dataclasses.replace(fast(), name="fast-frozen", freeze_model=True, soft_fraction=1.0, anneal_steps=0)
+    return dataclasses.replace(
+        fast(), name="fast-frozen", freeze_model=True, soft_fraction=1.0, anneal_steps=0, sinks=SINKS
+    )
 
 
 def dense_control() -> Recipe:

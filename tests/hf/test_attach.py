@@ -411,8 +411,22 @@ def test_positions_follow_padding_and_documents_where_none_are_given(attached):
     assert (cache.packed.kept_pairs() == 4).all()
 
 
-def test_a_predictor_that_decides_by_itself_is_asked_under_a_threshold_alone(attached):
+def test_sinks_are_kept_whatever_the_predictor_says_in_each_document(tiny_llama):
+    found = spkv.attachment(spkv.attach(tiny_llama, spkv.SPKVConfig(window=8, initial_bias=0.0, sinks=2)))
+    segments = torch.tensor([[0] * 9 + [1] * 1 + [2] * 20])
+    with found.record() as record, found.using(SoftGate()):
+        tiny_llama(text(1, 30), segment_ids=segments, use_cache=False)
+    for utility in record.utilities.values():
+        one = torch.zeros(30, dtype=torch.bool)
+        one[[0, 1, 9, 10, 11]] = True
+        assert torch.equal(utility == 1, one.expand_as(utility))
+
+
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_a_predictor_that_decides_by_itself_is_asked_under_a_threshold_alone(tiny_llama, scatter_utilities, sinks):
     ids = torch.randint(1, 97, (2, 30))
+    attached = spkv.attach(tiny_llama, spkv.SPKVConfig(window=8, sinks=sinks))
+    scatter_utilities(attached)
     found, asked = spkv.attachment(attached), []
 
     def decide(predictor, hidden_states, threshold):

@@ -83,11 +83,12 @@ def cached_logits(model, ids, cuts, attention_mask=None):
 def test_decode_chunks_and_the_masked_forward_agree(model, scatter_utilities, relative_error, data):
     window = data.draw(st.one_of(st.integers(1, 24), st.just(200)))
     threshold = data.draw(st.floats(0.1, 0.9))
+    sinks = data.draw(st.integers(0, 5))
     batch, length = data.draw(st.integers(1, 3)), data.draw(st.integers(2, 60))
     cuts = sorted(data.draw(st.sets(st.integers(1, length - 1), max_size=4)))
     tail = data.draw(st.integers(0, min(8, length - 1)))
     ids = torch.randint(3, VOCABULARY, (batch, length))
-    spkv.attach(model, spkv.SPKVConfig(window=window, threshold=threshold))
+    spkv.attach(model, spkv.SPKVConfig(window=window, threshold=threshold, sinks=sinks))
     try:
         scatter_utilities(model)
         attachment = spkv.attachment(model)
@@ -95,6 +96,7 @@ def test_decode_chunks_and_the_masked_forward_agree(model, scatter_utilities, re
         with attachment.record() as record, torch.no_grad():
             expected = model(ids, use_cache=False).logits
         attachment.oracle = False
+        assert all((u[..., :sinks] == 1).all() for u in record.utilities.values())
         # A utility within rounding of the threshold may fall on either side of it.
         assume(all((u - threshold).abs().min() > 1e-5 for u in record.utilities.values()))
         with torch.no_grad():

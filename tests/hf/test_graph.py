@@ -60,6 +60,16 @@ def test_greedy_tokens_and_the_cache_are_those_of_transformers(looping, B, new):
     assert_same(*both(looping, prompt(looping, B), **GREEDY | dict(max_new_tokens=new)))
 
 
+def test_sinks_of_texts_shorter_than_they_are(looping):
+    found = spkv.attachment(looping)
+    found.config = found.config.replace(sinks=4)
+    mask = torch.ones(2, 3, dtype=torch.long, device=looping.device)
+    mask[0, :2] = 0
+    graphed, eager = both(looping, prompt(looping, 2, 3), attention_mask=mask, **GREEDY)
+    assert_same(graphed, eager)
+    assert (graphed.past_key_values.packed.kept_pairs() >= 4).all()
+
+
 def test_chunks_and_left_padding(looping):
     ids = prompt(looping)
     mask = torch.ones_like(ids)

@@ -115,9 +115,9 @@ def scheduler(llm):
     return llm.llm_engine.engine_core.engine_core.scheduler
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
-def test_other_families(tmp_path, family):
-    TINY["write"](tmp_path, family=family)
+@pytest.mark.parametrize(("family", "sinks"), [("mistral", 0), ("qwen2", 0), ("qwen3", 5)])
+def test_other_families_and_sinks(tmp_path, family, sinks):
+    TINY["write"](tmp_path, family=family, sinks=sinks)
     model, requests = spkv.load(tmp_path), prompts(10, 200, 3)
     llm = vllm.LLM(str(tmp_path), dtype="float32", max_model_len=256, max_num_seqs=4, max_num_batched_tokens=64)
     try:

@@ -15,7 +15,7 @@ from spkv.checkpoint import save_adapter
 VOCABULARY = 199
 
 
-def make(window=20, layers=None, family="llama"):
+def make(window=20, layers=None, family="llama", sinks=0):
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         family,
@@ -33,7 +33,7 @@ def make(window=20, layers=None, family="llama"):
         sliding_window=None,
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    spkv.attach(model, spkv.SPKVConfig(window=window, layers=layers))
+    spkv.attach(model, spkv.SPKVConfig(window=window, layers=layers, sinks=sinks))
     for predictor in spkv.attachment(model).predictors.values():
         torch.nn.init.normal_(predictor.up.weight, std=1.0)
         torch.nn.init.normal_(predictor.down.weight, std=0.3)
