@@ -46,7 +46,6 @@ _UNUSED_BY_CONTROLS = (
     "freeze_model",
     "target_density",
     "layout",
-    "sinks",
 )
 _RETRIEVAL = "+retrieval"
 _WORDS = {"True": True, "False": False, "None": None}
