@@ -25,13 +25,17 @@ _TINY = 1e-30
 _RAREST, _LOUDEST = 1e-6, 6.0
 
 
-def open_sinks(utility: Tensor, position: Tensor, sinks: int) -> Tensor:
-    """Give the first `sinks` positions of each sequence the utility 1, which every gate that asks for it keeps open.
+def sink_mask(position: Tensor, sinks: int) -> Tensor | None:
+    """Return [batch or 1, 1, tokens] bool, True at the first `sinks` positions of each sequence, or None for no sinks.
 
-    Attention leans on them (arXiv 2309.17453). A soft gate that is half open there costs a model little, and one that
-    shuts costs it everything.
+    Attention leans on these positions (arXiv 2309.17453), and half-open gates need not show it to a predictor.
     """
-    return utility.masked_fill((position < sinks).unsqueeze(-2), 1.0) if sinks else utility
+    return (position < sinks).unsqueeze(-2) if sinks else None
+
+
+def open_sinks(utility: Tensor, sink: Tensor | None) -> Tensor:
+    """Give pairs at `sink` (of `sink_mask`) the utility 1, which every gate that asks for utilities keeps open."""
+    return utility if sink is None else utility.masked_fill(sink, 1.0)
 
 
 class Gate(ABC):

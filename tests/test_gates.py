@@ -16,6 +16,7 @@ from spkv.gates import (
     SoftGate,
     ThresholdGate,
     open_sinks,
+    sink_mask,
 )
 from spkv.predictor import UtilityPredictor
 
@@ -154,14 +155,15 @@ def test_sinks_of_a_layout_are_kept_by_all_heads_of_all_sequences():
 
 def test_sinks_are_open_under_every_gate_that_asks_for_utilities():
     position = torch.tensor([[0, 1, 2, 3], [3, 0, 1, 2]])
-    utility = open_sinks(torch.full((2, 3, 4), 0.01), position, 2)
+    utility = open_sinks(torch.full((2, 3, 4), 0.01), sink_mask(position, 2))
     first = (position < 2)[:, None].expand_as(utility)
     gates = (SoftGate(), NoisyGate(1.0), AnnealedGate(0.5, 0.3), AnnealedGate(0.5, 0.3, "power"), ThresholdGate(0.999))
     for gate in gates:
         bias = gate.log_gate(utility, layer=0, position=position)
         assert (bias[first] == 0).all()
         assert (bias[~first] < 0).all()
-    assert open_sinks(utility, position, 0) is utility
+    assert sink_mask(position, 0) is None
+    assert open_sinks(utility, None) is utility
 
 
 def test_a_new_predictor_starts_at_its_bias():

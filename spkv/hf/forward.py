@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from spkv.gates import Gate, HardGate, OpenGate, ThresholdGate, open_sinks
+from spkv.gates import Gate, HardGate, OpenGate, ThresholdGate, open_sinks, sink_mask
 from spkv.hf.cache import SPKVCache
 from spkv.ops.attention import gated_attention, pruned_prefill
 from spkv.ops.triton import limits
@@ -45,6 +45,7 @@ class ForwardContext:
         attachment: the model's attachment.
         gate: the gate in force.
         position: [B or 1, T], each token's index in its own sequence.
+        sink: [B or 1, 1, T] bool, where `SPKVConfig.sinks` keeps a pair, or None.
         cache: the cache to write to, or None.
         valid: [B, T] bool, False at padding, or None.
         segment_ids: [B, T], or None; set without a cache only.
@@ -57,6 +58,7 @@ class ForwardContext:
     attachment: Attachment
     gate: Gate
     position: Tensor
+    sink: Tensor | None
     cache: SPKVCache | None
     valid: Tensor | None
     segment_ids: Tensor | None
@@ -137,15 +139,16 @@ def decoder_pre_hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     if position is None and segment_ids is not None:
         # Local layers tell documents apart by positions that start again.
         kwargs["position_ids"] = position = _positions_in_segments(segment_ids)
-    elif position is None and valid is not None:
-        seen = 0 if cache is None or not cache.packed.sequences else cache.packed.seen[0][:, None]
-        position = (seen + valid.cumsum(1) - 1).clamp_min(0)
     elif position is None:
-        position = torch.arange(past, past + T, device=inputs.device)[None]
+        index = torch.arange(T, device=inputs.device)[None] if valid is None else valid.cumsum(1) - 1
+        # Not `past`, which counts a row's padding, too.
+        seen = 0 if cache is None or not cache.packed.sequences else cache.packed.seen[0][:, None]
+        position = (seen + index).clamp_min(0)
     padded = None if valid is None or cache is not None else PaddedSegments(valid, segment_ids)
     if found._record is not None:
         found._record.utilities = {}
-    context = ForwardContext(found, found.gate, position, cache, valid, segment_ids, padded, found._record)
+    sink = sink_mask(position, found.config.sinks)
+    context = ForwardContext(found, found.gate, position, sink, cache, valid, segment_ids, padded, found._record)
     if found.decoder.family.passes_keywords:
         return (), {**kwargs, _KEYWORD: context}
     if module.training and getattr(module, "gradient_checkpointing", False):
@@ -255,10 +258,9 @@ def _utility_and_keep(context: ForwardContext, module: Any, hidden_states: Tenso
         utility, keep = predictor.decide(hidden_states, gate.threshold)
     else:
         utility = predictor(hidden_states)
-    sinks = context.attachment.config.sinks
-    utility = open_sinks(utility, context.position, sinks)
-    if keep is not None and sinks:
-        keep = keep | (context.position < sinks).unsqueeze(1)
+    utility = open_sinks(utility, context.sink)
+    if keep is not None and context.sink is not None:
+        keep = keep | context.sink
     if context.record is not None:
         # Not what gradient checkpointing computes again: kept to the end, it would hold the memory that this saves.
         context.record.utilities.setdefault(module.layer_idx, utility)

@@ -78,6 +78,7 @@ class Inspection:
         documents: at least one.
         memory: as `kv_bytes` gives it.
         facts: further entries for the JSON file.
+        sinks: first positions of a document that every head keeps.
     """
 
     model: str
@@ -85,6 +86,7 @@ class Inspection:
     documents: list[Document]
     memory: list[dict[str, Any]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    sinks: int = 0
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -112,6 +114,11 @@ class Inspection:
     def density_by_head(self) -> Tensor:
         """[L, Hkv] float64; nan where nothing has left the window."""
         return self.keep().double().mean(-1)
+
+    def density_beyond_sinks(self) -> Tensor:
+        """[L, Hkv] float64, without the pairs at `sinks`, whose number a longer text does not change; nan as above."""
+        beyond = torch.cat([torch.arange(d.left) >= self.sinks for d in self.documents])
+        return self.keep()[:, :, beyond].double().mean(-1)
 
     def utility_by_head(self) -> Tensor:
         """[L, Hkv] float64: mean utility of the pairs that have left the window; nan where there are none."""
@@ -179,6 +186,7 @@ class Inspection:
             "threshold": self.threshold,
             **self.facts,
             "window": self.window,
+            "sinks": self.sinks,
             "layers": list(self.layers),
             "kv_heads": utility.shape[1],
             "tokens": sum(document.densities.tokens for document in self.documents),
@@ -236,8 +244,8 @@ def inspect_texts(
         with nullcontext() if finder is None else found.observing(finder):
             densities = text_densities(model, input_ids, chunk_size=chunk_size, progress=report)
         documents.append(Document(title, pieces, densities, None if finder is None else finder.result()))
-    result = Inspection(name, getattr(found.gate, "threshold", None), documents)
-    result.memory.extend(kv_bytes(found, result.density_by_head(), model.dtype))
+    result = Inspection(name, getattr(found.gate, "threshold", None), documents, sinks=found.config.sinks)
+    result.memory.extend(kv_bytes(found, result.density_beyond_sinks(), model.dtype))
     return result
 
 

@@ -15,7 +15,7 @@ LENGTHS = (8_192, 32_768, 131_072, 262_144, 524_288, 1_048_576)
 
 
 def kv_bytes(
-    found: Attachment, density_by_head: Tensor, dtype: torch.dtype, lengths: Sequence[int] = LENGTHS
+    found: Attachment, density_beyond_sinks: Tensor, dtype: torch.dtype, lengths: Sequence[int] = LENGTHS
 ) -> list[dict[str, Any]]:
     """Count the bytes of keys and values of one sequence, dense and pruned, if each head keeps its measured density.
 
@@ -23,9 +23,9 @@ def kv_bytes(
     not counted, and layers that are local by design hold their window on both sides.
 
     Args:
-        found: of the model; its sizes, window and page_dtype count.
-        density_by_head: [global layers, Hkv]; nan, where nothing has left the window, counts as 1. Of a static layout
-            the layout itself counts.
+        found: of the model; its sizes, window, sinks and page_dtype count.
+        density_beyond_sinks: [global layers, Hkv], of the pairs that are no sinks, which every head keeps; nan, where
+            none has left the window, counts as 1. Of a static layout the layout itself counts.
         dtype: of keys and values.
         lengths: tokens of a sequence.
 
@@ -36,14 +36,14 @@ def kv_bytes(
     pair = 2 * decoder.head_size * dtype.itemsize
     page = config.page_size * pair
     kept_page = torch.tensor([_kept_page_bytes(found, layer, page) for layer in decoder.global_layers])[:, None]
-    density = density_by_head.double().nan_to_num(1.0)
+    # A layout is known better than measured.
+    density = density_beyond_sinks.double().nan_to_num(1.0) if config.layout is None else _is_global(found).double()
     local = len(decoder.attentions) - len(decoder.global_layers)
     rows = []
     for length in lengths:
         left = max(0, length - config.window)
-        kept = density * left
-        if config.layout is not None:  # known better than measured
-            kept = torch.where(_is_global(found), float(left), float(min(config.sinks, left))).double()
+        sinks = min(config.sinks, left)
+        kept = sinks + density * (left - sinks)
         ring = -(-min(length, config.window) // config.page_size) * page
         sliding = min(length, getattr(decoder.config, "sliding_window", None) or 0)
         beside = local * decoder.kv_heads * sliding * pair

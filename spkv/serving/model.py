@@ -16,7 +16,7 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index
 
 from spkv.config import PREDICTOR_FILE, SPKVConfig
-from spkv.gates import HardGate, OpenGate, ThresholdGate, open_sinks
+from spkv.gates import HardGate, OpenGate, ThresholdGate, open_sinks, sink_mask
 from spkv.predictor import UtilityPredictor
 from spkv.serving import settings
 from spkv.serving.adapter import Adapter
@@ -103,7 +103,7 @@ class _Decision:
             utility = hidden_states.new_ones(1, attention.num_kv_heads, hidden_states.shape[0])
         else:
             utility = self.predictor(hidden_states.unsqueeze(0))[:, self.own_heads]
-            utility = open_sinks(utility, position.unsqueeze(0), self.sinks)
+            utility = open_sinks(utility, sink_mask(position.unsqueeze(0), self.sinks))
         attention.attn.keep = self.gate.keep(utility, layer=self.layer, position=position)
 
 

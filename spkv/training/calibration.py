@@ -56,8 +56,8 @@ class Calibration:
 def calibrate(model: nn.Module, rows: Dataset[dict[str, Tensor]], accelerator: Any, target: float) -> Calibration:
     """Shift the biases of all predictors, in place, so that hard gates keep the share `target` of `rows`.
 
-    A density further than a factor of 1.25 from the target is left as it is, with a warning. A loss more than 5 %
-    above that with all gates open is one, too.
+    A density further than a factor of 1.25 from the target is left as it is, with a warning, and so is one that sinks
+    alone exceed the target by. A warning tells, too, of a loss more than 5 % above that with all gates open.
 
     Args:
         model: an attached model, on the accelerator's device; not sharded.
@@ -93,6 +93,15 @@ def calibrate(model: nn.Module, rows: Dataset[dict[str, Tensor]], accelerator: A
             break
         kept = accelerator.reduce(histogram, "sum").flip(0).cumsum(0)  # pairs from each edge up, from the top
         if last or miss(shift) <= math.log(_CLOSE):
+            break
+        if kept[0] > target * kept[-1]:
+            logger.warning(
+                "%.3f of the pairs that leave the window are kept whatever the predictors say (the sinks, %d in every "
+                "document), and a density of %g was asked for: choose a higher target, longer documents or fewer sinks",
+                float(kept[0] / kept[-1]),
+                found.config.sinks,
+                target,
+            )
             break
         edge = _LARGEST - int((kept <= target * kept[-1]).sum()) / _BINS_OF_ONE
         move(shift + cut - edge)

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 
 import pytest
 import torch
@@ -409,6 +410,24 @@ def test_positions_follow_padding_and_documents_where_none_are_given(attached):
     with spkv.attachment(attached).using(SinkGate(4)), torch.no_grad():
         cache = attached(padded, attention_mask=mask).past_key_values
     assert (cache.packed.kept_pairs() == 4).all()
+
+
+@pytest.mark.parametrize("cuts", [[4], [3, 4, 5], [4, 5, 6, 7, 8, 12], []])
+def test_sinks_of_a_short_padded_prompt_follow_in_later_passes(tiny_llama, scatter_utilities, relative_error, cuts):
+    attached = spkv.attach(tiny_llama, spkv.SPKVConfig(window=3, sinks=4))
+    scatter_utilities(attached)
+    ids, padding = text(2, 20), torch.tensor([3, 0])  # in the first row, one token comes before the first cut
+    mask = (torch.arange(20) >= padding[:, None]).long()
+    spkv.attachment(attached).oracle = True
+    with torch.no_grad():
+        expected = attached(ids, attention_mask=mask, use_cache=False).logits
+        cache, parts = None, []
+        for start, stop in itertools.pairwise([0, *cuts, 20]):
+            out = attached(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, use_cache=True)
+            cache, parts = out.past_key_values, [*parts, out.logits]
+    logits = torch.cat(parts, dim=1)
+    assert relative_error(logits[mask.bool()], expected[mask.bool()]) < 1e-5
+    assert (cache.packed.kept_pairs() >= 4).all()
 
 
 def test_sinks_are_kept_whatever_the_predictor_says_in_each_document(tiny_llama):

@@ -69,6 +69,7 @@ def test_every_family_is_tested():
 
 @torch.no_grad()
 def cached_logits(model, ids, cuts, attention_mask=None):
+    """Logits and cache of a text read in parts, without position_ids."""
     cache, parts = None, []
     for start, stop in zip([0, *cuts], [*cuts, ids.shape[1]], strict=True):
         mask = None if attention_mask is None else attention_mask[:, :stop]

@@ -149,10 +149,24 @@ def test_memory_is_what_the_pool_would_hand_out(known_gates):
     assert rows[0]["pruned_bytes"] == sum(pages) * 16 * pair
     assert rows[0]["kept_fraction"] == pytest.approx((4 * WINDOW + 992 + 248 + 992) / 4000)
     assert rows[1]["kept_fraction"] == 1
+    found.config = found.config.replace(sinks=4)  # of 992 pairs that leave the window, each head keeps 4 and of 988
+    rows = kv_bytes(found, torch.tensor([[1.0, 0.0], [0.25, 0.5]]), torch.bfloat16, [1000])
+    assert rows[0]["kept_fraction"] == pytest.approx((4 * (WINDOW + 4) + 988 + 247 + 494) / 4000)
     found.page_dtype = "int8"
     assert kv_bytes(found, torch.ones(2, 2), torch.bfloat16, [1000])[0]["pruned_bytes"] == 4 * 16 * (
         pair + 62 * 2 * (8 + 2)
     )
+
+
+def test_sinks_are_not_taken_for_a_share_of_longer_texts(known_gates, tokenizer):
+    found = spkv.attachment(known_gates)
+    found.config = found.config.replace(sinks=4)
+    inspection = inspect_texts(known_gates, tokenizer, [("a", "no digits here " * 4), ("b", "none here, either")])
+    assert inspection.density_beyond_sinks().tolist() == [[0, 1], [1, 0]]
+    assert inspection.density_by_head()[0, 0] == 8 / inspection.left
+    for row in inspection.memory:
+        held = 2 * row["tokens"] + 2 * (WINDOW + 4)
+        assert row["kept_fraction"] == pytest.approx(held / (4 * row["tokens"]))
 
 
 def test_bad_arguments_are_named(known_gates, tokenizer):

@@ -86,6 +86,40 @@ def test_equal_utilities_cannot_be_told_apart_and_are_left(model, rows) -> None:
     assert done.loss == done.open_loss
 
 
+def move(model, by: float) -> None:
+    for predictor in spkv.attachment(model).predictors.values():
+        with torch.no_grad():
+            predictor.down.bias.add_(by)
+
+
+def density_of_sinks(model, rows) -> float:
+    """Give the model 4 sinks, and return the density that they have alone."""
+    found = spkv.attachment(model)
+    found.config = found.config.replace(sinks=4)
+    move(model, -100.0)
+    alone = evaluate_rows(model, rows, Accelerator(cpu=True)).density
+    move(model, 100.0)
+    return alone
+
+
+def test_sinks_are_counted_and_stay(model, rows) -> None:
+    alone = density_of_sinks(model, rows)
+    density = evaluate_rows(model, rows, Accelerator(cpu=True)).density
+    assert 0.02 < alone < 0.5 * density
+    done = calibrate(model, rows, Accelerator(cpu=True), 0.9 * density)
+    assert done.density == pytest.approx(0.9 * density, abs=CLUMP)
+
+
+def test_a_target_below_the_sinks_alone_is_told_and_left(model, rows, caplog) -> None:
+    alone = density_of_sinks(model, rows)
+    move(model, -22.0)
+    density = evaluate_rows(model, rows, Accelerator(cpu=True)).density
+    assert alone < density < 1.2 * alone
+    done = calibrate(model, rows, Accelerator(cpu=True), 0.99 * alone)
+    assert (done.shift, done.density) == (0.0, density)
+    assert f"{alone:.3f} of the pairs that leave the window are kept whatever the predictors say" in caplog.text
+
+
 def test_rows_that_never_leave_the_window_change_nothing(model, rows) -> None:
     spkv.attachment(model).config = spkv.SPKVConfig(window=64)
     assert calibrate(model, rows, Accelerator(cpu=True), 0.5).shift == 0.0
