@@ -36,6 +36,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from spkv.config import SPKVConfig
 from spkv.gates import OpenGate
 from spkv.hf.attach import attach, attachment, dense, detach, find_attachment
+from spkv.hf.cache import CACHE_KEYWORD
 from spkv.hf.families import find_decoder
 
 PRESSES: dict[str, str] = {
@@ -173,6 +174,13 @@ def pressing(name: str, model: PreTrainedModel, kept_fraction: float) -> Iterato
     asked, kept = Press.of(name), Kept()
     press = getattr(_kvpress(name), PRESSES[asked.method])(compression_ratio=1.0 - kept_fraction)
     _apply_settings(asked, press, kept)
+    prune = press.forward_hook
+
+    def forward_hook(module: Any, inputs: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        # The name by which kvpress looks for the cache, whatever transformers calls it.
+        return prune(module, inputs, {**kwargs, "past_key_values": kwargs[CACHE_KEYWORD]}, output)
+
+    press.forward_hook = forward_hook
     decoder = find_decoder(model)
     attentions: list[Any] = list(decoder.attentions)
     # kvpress leaves the rotary embedding on every attention layer.

@@ -19,7 +19,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from spkv.evals.presses import Kept
 from spkv.hf.attach import find_attachment
-from spkv.hf.cache import SPKVCache
+from spkv.hf.cache import CACHE_KEYWORD, SPKVCache
 from spkv.hf.generation import CHUNK_SIZE, CacheSize, Reading, cache_size, decode
 
 Pressing = AbstractContextManager[Kept]
@@ -181,7 +181,8 @@ class Session:
                 caches.append(DynamicCache(config=self.model.config))
                 # kvpress knows a prefill by cache_position, which newer versions of transformers no longer make.
                 position = torch.arange(len(text), device=ids.device)
-                read = self.model(ids, past_key_values=caches[-1], cache_position=position, logits_to_keep=1)
+                passed = {CACHE_KEYWORD: caches[-1], "cache_position": position, "logits_to_keep": 1}
+                read = self.model(ids, **passed)
                 logits.append(read.logits[:, -1])
                 kept.append(dict(kept_by_layer))
         columns = [cache.get_seq_length() for cache in caches]
@@ -218,9 +219,9 @@ class Session:
         logits: Tensor = self.model(
             input_ids=ids,
             position_ids=position,
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=0 if keep_logits else 1,
+            **{CACHE_KEYWORD: self.cache},
             **extra,
         ).logits
         self._columns += T

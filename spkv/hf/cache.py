@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,10 +11,27 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from spkv.cache.packed import PackedCache
 from spkv.config import PageDtype
 from spkv.hf.families import Decoder
+
+_EARLIER_KEYWORD = "past_key_values"
+_NAMES = {field.name for field in dataclasses.fields(BaseModelOutputWithPast)}
+CACHE_KEYWORD = "cache" if "cache" in _NAMES else _EARLIER_KEYWORD
+"""What transformers calls a cache in arguments and outputs: "cache" from 5.24 on, "past_key_values" before."""
+
+NOT_CROPPABLE = (
+    "an SPKVCache cannot be cropped: pairs that left the window were dropped. "
+    "Assisted (speculative) decoding, which needs it, is not supported"
+)
+
+
+def rename_cache(kwargs: dict[str, Any]) -> None:
+    """Give a cache among keyword arguments the name of this transformers, which takes the earlier one, too."""
+    if _EARLIER_KEYWORD in kwargs:
+        kwargs.setdefault(CACHE_KEYWORD, kwargs.pop(_EARLIER_KEYWORD))
 
 
 class SPKVLayer(CacheLayerMixin):
@@ -67,10 +85,7 @@ class SPKVLayer(CacheLayerMixin):
         raise ValueError("an SPKVCache cannot be offloaded; its memory is bounded by max_memory instead")
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError(
-            "an SPKVCache cannot be cropped: pairs that left the window were dropped. "
-            "Assisted (speculative) decoding, which needs it, is not supported"
-        )
+        raise ValueError(NOT_CROPPABLE)
 
 
 class SPKVCache(Cache):

@@ -20,7 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from spkv.gates import Gate, HardGate, OpenGate, ThresholdGate, open_sinks, sink_mask
-from spkv.hf.cache import SPKVCache
+from spkv.hf.cache import CACHE_KEYWORD, SPKVCache, rename_cache
 from spkv.ops.attention import gated_attention, pruned_prefill
 from spkv.ops.triton import limits
 
@@ -103,8 +103,9 @@ def mask(original: str, *args: Any, local_size: int | None = None, **kwargs: Any
 def decoder_pre_hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Choose the cache, read the padding, and pass a ForwardContext down as a keyword."""
     found: Attachment = module.spkv_attachment
+    rename_cache(kwargs)
     if found.suspended:
-        if isinstance(kwargs.get("past_key_values"), SPKVCache):
+        if isinstance(kwargs.get(CACHE_KEYWORD), SPKVCache):
             raise ValueError("an SPKVCache cannot be used inside spkv.dense: dense attention needs every pair")
         return None
     if module.config._attn_implementation != found.implementation_name:
@@ -122,7 +123,7 @@ def decoder_pre_hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     if inputs is None:
         return None  # transformers has its own error for this
     cache = _choose_cache(found, module, kwargs)
-    kwargs["past_key_values"] = cache
+    kwargs[CACHE_KEYWORD] = cache
     kwargs["use_cache"] = cache is not None
     B, T = inputs.shape[:2]
     past = 0 if cache is None else cache.get_seq_length()
@@ -164,7 +165,7 @@ def decoder_post_hook(module: Any, args: Any, output: Any) -> None:
 
 def _choose_cache(found: Attachment, module: Any, kwargs: dict[str, Any]) -> SPKVCache | None:
     """The cache of this pass: ours if one was given, a new one in place of an absent or empty one, or None."""
-    given: Any = kwargs.get("past_key_values")
+    given: Any = kwargs.get(CACHE_KEYWORD)
     asked = given is not None or kwargs.get("use_cache") is True  # as `generate()` does, one way or the other
     use_cache = module.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
     if isinstance(given, SPKVCache):

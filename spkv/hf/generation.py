@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from spkv.hf.attach import attachment, find_attachment
-from spkv.hf.cache import SPKVCache
+from spkv.hf.cache import CACHE_KEYWORD, SPKVCache
 from spkv.hf.graph import DecodeLoop, obstacle
 
 CHUNK_SIZE = 1024
@@ -130,8 +130,9 @@ def read(
     with _decoder_clock(model) as clock, attachment(model).record() if record else nullcontext() as recorded:
         for start in range(0, T, chunk_size):
             chunk = input_ids[:, start : start + chunk_size]
-            output = model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=0 if loss else 1)
-            cache = output.past_key_values
+            passed: dict[str, Any] = {CACHE_KEYWORD: cache, "use_cache": True, "logits_to_keep": 0 if loss else 1}
+            output = model(input_ids=chunk, **passed)
+            cache = output[CACHE_KEYWORD]
             if loss:
                 total += _cross_entropy(output.logits, input_ids[:, start + 1 : start + chunk_size + 1])
             if recorded is not None:
@@ -184,9 +185,10 @@ def decode(
         ids: list[int] = loop.run(reading.next_logits, progress)[0].tolist()
         return ids, _now(model.device) - start
     token = reading.next_logits.argmax(-1, keepdim=True)
+    passed: dict[str, Any] = {CACHE_KEYWORD: reading.cache, "use_cache": True, "logits_to_keep": 1}
     new_ids = [int(token)]
     while len(new_ids) < max_new_tokens and new_ids[-1] not in stop:
-        logits = model(input_ids=token, past_key_values=reading.cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(input_ids=token, **passed).logits
         token = logits[:, -1].argmax(-1, keepdim=True)
         new_ids.append(int(token))
         if progress is not None:

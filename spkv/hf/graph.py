@@ -36,7 +36,7 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from spkv.cache.pages import PoolFullError
 from spkv.config import PageDtype
-from spkv.hf.cache import SPKVCache
+from spkv.hf.cache import CACHE_KEYWORD, NOT_CROPPABLE, SPKVCache, rename_cache
 from spkv.hf.compiled import compiled_parts
 from spkv.hf.concurrent import concurrent_projections
 from spkv.ops.triton import limits
@@ -50,7 +50,7 @@ PREFILL_TOKENS = 16_384
 _OF_SCORES_ALONE = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 # Arguments of `generate` that transformers' own loop takes. It also makes position_ids itself, where none are given.
 _NOT_TAKEN = ("custom_generate", "assistant_model", "synced_gpus", "streamer", "tokenizer", "position_ids")
-_KNOWN_INPUTS = {"attention_mask", "past_key_values", "use_cache", "position_ids", "logits_to_keep", "cache_position"}
+_KNOWN_INPUTS = {"attention_mask", CACHE_KEYWORD, "use_cache", "position_ids", "logits_to_keep", "cache_position"}
 
 
 class NotGraphableError(ValueError):
@@ -83,11 +83,16 @@ def generate(
 
     Raises:
         NotGraphableError: if the graph was insisted on and cannot be used; a ValueError.
+        ValueError: for assisted decoding, which takes tokens back.
     """
+    assisted = any(kwargs.get(name) is not None for name in ("assistant_model", "prompt_lookup_num_tokens"))
+    if assisted and not attachment.suspended:
+        raise ValueError(NOT_CROPPABLE)
     if page_dtype is not None:
-        if kwargs.get("past_key_values") is not None:
-            raise ValueError("page_dtype is for a new cache, and past_key_values was given")
-        kwargs["past_key_values"] = attachment.new_cache(page_dtype=page_dtype)
+        rename_cache(kwargs)
+        if kwargs.get(CACHE_KEYWORD) is not None:
+            raise ValueError(f"page_dtype is for a new cache, and {CACHE_KEYWORD} was given")
+        kwargs[CACHE_KEYWORD] = attachment.new_cache(page_dtype=page_dtype)
     if cuda_graph is False:
         if compile:
             raise NotGraphableError("compile=True needs the CUDA graph, and cuda_graph=False was given")
@@ -180,7 +185,7 @@ def _decode(
         raise NotGraphableError(f"the stopping criterion {criteria[0]} looks at every token")
     if generation_config.cache_implementation not in (None, "dynamic"):
         raise NotGraphableError(f"cache_implementation={generation_config.cache_implementation!r} was given")
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(CACHE_KEYWORD)
     if not isinstance(cache, SPKVCache):
         if cache is not None and cache.get_seq_length():
             raise NotGraphableError("the cache given is none of spkv's")  # transformers' loop says what is wrong
@@ -208,7 +213,8 @@ def _decode(
     )
     sequences: Any = torch.cat([input_ids, loop.run(logits).to(input_ids.device)], dim=1)
     if generation_config.return_dict_in_generate:
-        return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)
+        held: dict[str, Any] = {CACHE_KEYWORD: cache}
+        return GenerateDecoderOnlyOutput(sequences=sequences, **held)
     return sequences
 
 
@@ -237,9 +243,9 @@ def _prefill(
             input_ids=new_ids[:, start:stop],
             attention_mask=None if attention_mask is None else attention_mask[:, : past + stop],
             position_ids=None if positions is None else positions[:, start:stop],
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{CACHE_KEYWORD: cache},
         ).logits
     return logits[:, -1]  # type: ignore[no-any-return]
 
@@ -349,9 +355,9 @@ class DecodeLoop:
             self._logits = self.model(
                 input_ids=self.token,
                 position_ids=self.cache.packed.seen[0][:, None].long(),
-                past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **{CACHE_KEYWORD: self.cache},
             ).logits[:, -1]
 
     def _step_and_accept(self) -> None:

@@ -13,6 +13,7 @@ import spkv
 from spkv.cache.pages import PoolFullError
 from spkv.gates import OpenGate, SinkGate, SoftGate, ThresholdGate
 from spkv.hf import forward
+from spkv.hf.cache import CACHE_KEYWORD
 from spkv.ops.attention import gated_attention
 
 GREEDY = dict(max_new_tokens=10, min_new_tokens=10, do_sample=False, pad_token_id=0)
@@ -278,6 +279,16 @@ def test_other_caches_are_refused(attached):
         filled = attached(ids).past_key_values
     with pytest.raises(ValueError, match="already holds 40 tokens, which cannot be pruned afterwards"):
         attached(ids, past_key_values=filled)
+
+
+def test_a_cache_has_either_of_its_names(attached):
+    ids = text(1, 30)
+    whole = attached.model(ids).last_hidden_state
+    for name in ("past_key_values", CACHE_KEYWORD):
+        cache = attached.model(ids[:, :20], **{name: spkv.attachment(attached).new_cache()})[CACHE_KEYWORD]
+        rest = attached.model(ids[:, 20:], **{name: cache}).last_hidden_state
+        assert cache.get_seq_length() == 30
+        torch.testing.assert_close(rest, whole[:, 20:], rtol=1e-4, atol=1e-5)
 
 
 def test_assisted_decoding_is_refused(attached, tiny_llama):

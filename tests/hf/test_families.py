@@ -68,12 +68,10 @@ def test_every_family_is_tested():
 
 
 @torch.no_grad()
-def cached_logits(model, ids, cuts, attention_mask=None):
-    """Logits and cache of a text read in parts, without position_ids."""
+def cached_logits(model, ids, cuts):
     cache, parts = None, []
     for start, stop in zip([0, *cuts], [*cuts, ids.shape[1]], strict=True):
-        mask = None if attention_mask is None else attention_mask[:, :stop]
-        out = model(ids[:, start:stop], attention_mask=mask, past_key_values=cache, use_cache=True)
+        out = model(ids[:, start:stop], past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         parts.append(out.logits)
     return torch.cat(parts, dim=1), cache
