@@ -16,6 +16,7 @@ from spkv.training import adapt
 # What `torchrun` runs, in every process.
 SCRIPT = """
 import json, os, sys, torch
+import torch.distributed as dist
 from pathlib import Path
 from spkv.training import Recipe, adapt
 from transformers import TrainerCallback
@@ -26,6 +27,8 @@ class Look(TrainerCallback):
 options = json.loads(sys.argv[1])
 adapt(recipe=Recipe(**options.pop("recipe")), callbacks=[Look()], **options)
 Path(options["output"], f"next-draw-{os.environ['RANK']}").write_text(str(torch.rand(()).item()))
+dist.barrier()
+os._exit(0)  # gloo's threads, torn down by an ordinary exit, may abort the process
 """
 
 
