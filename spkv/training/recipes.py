@@ -278,10 +278,11 @@ def fast_frozen() -> Recipe:
     """`fast` for the predictors alone: an adapter, and with all gates open the model is what it was.
 
     Gates are soft to the end: hard ones teach the predictor nothing, and there is nothing else that could get used to
-    them. First positions are kept: a model that cannot change misses them most, and with soft gates it shows late.
+    them. Noise makes them decide all the same. First positions are kept: a model that cannot change misses them most,
+    and with soft gates it shows late.
     """
     return dataclasses.replace(
-        fast(), name="fast-frozen", freeze_model=True, soft_fraction=1.0, anneal_steps=0, sinks=SINKS
+        fast(), name="fast-frozen", freeze_model=True, soft_fraction=1.0, anneal_steps=0, gate_noise=1.0, sinks=SINKS
     )
 
 
