@@ -142,6 +142,8 @@ def check_no_adapter(model: str | os.PathLike[str]) -> None:
 def save(model: nn.Module, path: str | os.PathLike[str], *, training: dict[str, Any] | None = None) -> None:
     """Save a whole model: an ordinary Hugging Face directory, plus the predictors.
 
+    The tokenizer is not part of it: `tokenizer.save_pretrained(path)` puts it beside, where commands and servers look.
+
     Args:
         model: an attached model, without LoRA (see `save_adapter`).
         path: directory, made if needed.

@@ -92,12 +92,15 @@ def demo(
         densities_json (paths).
 
     Raises:
+        FileExistsError: if output is a file.
         FileNotFoundError, ValueError: if adapter or text is missing, or the sizes do not fit the model.
         ModuleNotFoundError: if matplotlib is missing, or the package that carries the model.
     """
     adapter = _find_adapter(model, adapter)
     if importlib.util.find_spec("matplotlib") is None:
         raise ModuleNotFoundError('the demo draws with matplotlib: pip install "spkv[plots]"', name="matplotlib")
+    if Path(output).is_file():
+        raise FileExistsError(f"output must be a directory, and {os.fspath(output)!r} is a file")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     source = "Python reference, data model" if text is None else Path(text).name

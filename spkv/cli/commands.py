@@ -76,7 +76,7 @@ def demo(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of each continuation.")] = 64,
     output: Annotated[Path, typer.Option(metavar="DIR", help="For the pictures.")] = Path("spkv-demo"),
     adapter: Annotated[Path | None, typer.Option(metavar="DIR", help="Default: the shipped one.")] = None,
-    device: Device = "cpu",
+    device: Annotated[str, typer.Option(help="Such as cpu or cuda:1.")] = "cpu",
     dtype: Annotated[str, typer.Option(help=f"Of weights and cache: {', '.join(DTYPES)}.")] = "float32",
     as_json: Json = False,
 ) -> None:

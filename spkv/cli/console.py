@@ -73,6 +73,10 @@ def print_demo(result: dict[str, Any]) -> None:
         rows[0][2] += f" ({pruned['loss'] / dense['loss'] - 1:+.2%})"
     title = f"{result['model']} on {result['tokens']:,} tokens ({result['text']}), threshold {result['threshold']:g}"
     _print_table(title, ["", "dense", "self-pruned"], rows)
+    typer.echo(
+        "\nDense is the model as published. Adaptation also teaches the kind of text that it reads; what pruning alone"
+    )
+    typer.echo("costs shows beside a model trained alike without it, or with every pair kept (`spkv eval`).")
     for label, side in (("dense", dense), ("self-pruned", pruned)):
         typer.echo(f"\nThe text continued, {label}:\n{side['continuation'].strip()}")
     typer.echo(f"\nDensity by layer and head:  {result['density_png']}")

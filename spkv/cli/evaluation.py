@@ -11,7 +11,7 @@ import typer
 from spkv.cli.commands import Adapter, Device, Dtype, Json, Model, PageDtype, app
 from spkv.cli.console import emit, print_evaluation, working
 from spkv.cli.models import loader, opened, tokenizer_and_config
-from spkv.config import check_page_dtype
+from spkv.config import SPKVConfig, check_page_dtype
 
 # Enough for a score to the nearest few percent; losses take all the text that is given.
 _EXAMPLES = 50
@@ -38,7 +38,9 @@ def evaluate(
             "each with +recent, +half and +heads if wanted; or NAME=PATH of another adapter or model."
         ),
     ] = "dense,spkv,streaming,random",
-    thresholds: Annotated[str, typer.Option(help="Of policy spkv, with commas.")] = "0.5",
+    thresholds: Annotated[
+        str | None, typer.Option(help="Of policy spkv, with commas; default: the stored one.")
+    ] = None,
     match_thresholds: Annotated[
         str | None, typer.Option(help="Those whose memory random, h2o and the like take; default: the stored one.")
     ] = None,
@@ -91,10 +93,12 @@ def evaluate(
         check_page_dtype(page_dtype)
         tasks = _tasks(task.split(","), task_option or [])
         lengths = _integers("--sequence-length", sequence_length)
+        matched = None if match_thresholds is None else _numbers("--match-thresholds", match_thresholds)
+        given = None if thresholds is None else _numbers("--thresholds", thresholds)
         named: dict[str, Any] = {
             "names": policies.split(","),
-            "thresholds": _numbers("--thresholds", thresholds),
-            "match_thresholds": None if match_thresholds is None else _numbers("--match-thresholds", match_thresholds),
+            "thresholds": given or matched or [SPKVConfig().threshold],  # until the stored one is known
+            "match_thresholds": matched,
             "reference": reference,
         }
         for policy in make_policies(**named):  # mistakes in them should show before the model is loaded
@@ -114,7 +118,11 @@ def evaluate(
         with opened(model, adapter, device, dtype, page_dtype=page_dtype) as loaded:
             found = spkv.attachment(loaded)
             if found.config.layout is None:
+                if given is None:
+                    named["thresholds"] = [found.config.threshold]
                 chosen = make_policies(**named, stored_threshold=found.config.threshold)
+            elif given is not None:
+                raise ValueError("a static layout has no threshold: leave --thresholds out")
             else:
                 chosen = layout_policies(named["names"], found.gate, found.layout_density())
             rows = run_evaluation(

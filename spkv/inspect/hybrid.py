@@ -139,8 +139,10 @@ def heads_in_budget(inspection: Inspection, budget: float, length: int, strategy
     """The most heads that can stay global if a sequence of `length` tokens may hold `budget` of its dense pairs.
 
     Raises:
-        ValueError: if windows and sinks alone exceed the budget, or the budget is not in (0, 1].
+        ValueError: if windows and sinks alone exceed the budget, the budget is not in (0, 1], or length is below 1.
     """
+    if length < 1:
+        raise ValueError(f"length must be at least 1, not {length}")
     if not 0 < budget <= 1:
         raise ValueError(f"kv_budget must be above 0 and at most 1, not {budget:g}")
     layers, heads = inspection.density_by_head().shape

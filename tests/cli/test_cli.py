@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -188,6 +189,21 @@ def test_eval_prints_a_row_a_policy(run_json, base, adapter, text_file, tmp_path
     assert (few[0]["examples"], len(few)) == (1, 1)
 
 
+def test_eval_takes_the_stored_threshold(run_json, run, whole, text_file, tmp_path):
+    other = shutil.copytree(whole, tmp_path / "other")
+    stored = json.loads((other / "spkv_config.json").read_text())
+    stored["config"]["threshold"] = 0.7
+    (other / "spkv_config.json").write_text(json.dumps(stored))
+    data = ("--data", text_file, "--sequence-length", 100, "--policies", "spkv,random", "--limit", 1)
+    for options in ((), ("--match-thresholds", "0.7")):
+        rows = run_json("eval", other, *data, *options)
+        assert [(row["policy"], row["threshold"]) for row in rows] == [("spkv", 0.7), ("random", None)]
+    assert run_json("eval", other, *data, "--thresholds", "0.4")[0]["threshold"] == 0.4
+    _, err, code = run("eval", other, *data, "--match-thresholds", "0.5")
+    assert code != 0
+    assert "cannot be matched: spkv is evaluated at [0.7]" in err
+
+
 def test_eval_for_people(run, whole, text_file):
     out, err, code = run("eval", whole, "--data", text_file, "--sequence-length", 100, "--policies", "dense,spkv")
     assert code == 0
@@ -363,7 +379,7 @@ def test_inspect_writes_a_page_and_its_data(run_json, run, whole, text_file, tmp
     assert "inspection.html" in run(*given)[0].replace("\n", "")
 
 
-def test_hybrid_writes_a_checkpoint_that_other_commands_take(run_json, whole, text_file, tmp_path):
+def test_hybrid_writes_a_checkpoint_that_other_commands_take(run, run_json, whole, text_file, tmp_path):
     made = []
 
     def hybrid(*options):
@@ -384,6 +400,9 @@ def test_hybrid_writes_a_checkpoint_that_other_commands_take(run_json, whole, te
     assert [(row["policy"], row["threshold"]) for row in rows] == [
         ("dense", None), ("spkv", None), ("streaming", None), ("random", None),
     ]  # fmt: skip
+    _, err, code = run("eval", output, "--data", text_file, "--sequence-length", 100, "--thresholds", "0.3")
+    assert code != 0
+    assert "a static layout has no threshold" in err
     assert rows[1]["density"] == 0.25
     inspected = run_json("inspect", output, "--text", text_file, "--tokens", 100, "--output", tmp_path / "page")
     assert (inspected["density"], inspected["threshold"]) == (0.25, None)

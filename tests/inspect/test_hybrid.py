@@ -71,6 +71,8 @@ def test_budgets_become_heads():
         heads_in_budget(inspection, 0.001, 1000, "random", sinks=0)
     with pytest.raises(ValueError, match="kv_budget must be above 0 and at most 1, not 1.5"):
         heads_in_budget(inspection, 1.5, 1000, "random")
+    with pytest.raises(ValueError, match="length must be at least 1, not 0"):
+        heads_in_budget(inspection, 0.5, 0, "random")
     budget = (2 * 1000 + 6 * (WINDOW + 4)) / 8000
     assert heads_in_budget(inspection, budget, 1000, "random", sinks=4) == 2
     assert hybrid_layout(inspection, 2, "random", sinks=4).kept_fraction(1000) == pytest.approx(budget)
