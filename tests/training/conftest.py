@@ -101,7 +101,8 @@ def small_recipe(name: str = "fast", **changes: object) -> Recipe:
     if name == "fast-lora":
         small |= dict(lora_rank=4, lora_alpha=8)
     if name == "fast-frozen":
-        small |= dict(soft_fraction=1.0, anneal_steps=0)
+        # Each process draws noise of its own, so that two of them would not compute what one does.
+        small |= dict(soft_fraction=1.0, anneal_steps=0, gate_noise=0.0)
     return get_recipe(name, **{**small, **changes})
 
 
