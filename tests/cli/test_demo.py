@@ -99,6 +99,9 @@ def test_missing_files_are_named(base, adapter, tmp_path, monkeypatch):
         demo(str(base), adapter="absent", output=tmp_path)
     with pytest.raises(FileNotFoundError, match="no such data file: absent"):
         demo(str(base), adapter=adapter, text="absent", output=tmp_path)
+    (tmp_path / "taken").touch()
+    with pytest.raises(FileExistsError, match="output must be a directory, and .*taken' is a file"):
+        demo(str(base), adapter=adapter, output=tmp_path / "taken")
     monkeypatch.setattr("spkv.demo.resolve_adapter", lambda *_: tmp_path)
     with pytest.raises(FileNotFoundError, match="the adapter for 'smollm2' is missing from this installation"):
         demo(output=tmp_path)
